@@ -1,0 +1,1 @@
+"""What happens to a graph: match, place, share, rewrite."""
