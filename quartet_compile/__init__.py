@@ -1,0 +1,13 @@
+"""Train unchanged PyTorch models in NVFP4: ``torch.compile(model, backend="quartet")``.
+
+Importing this package is needed only for what goes beyond that line: `recipe` and `set_recipe` choose recipes, `explain` tells what
+would be rewritten.
+"""
+
+from quartet_compile.backend import quartet as backend
+from quartet_compile.passes.recipe import Cell, Product, Recipe
+from quartet_compile.recipes import RECIPES
+
+__version__ = "0.1.0"
+
+__all__ = ["RECIPES", "Cell", "Product", "Recipe", "backend"]

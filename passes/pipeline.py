@@ -1,0 +1,94 @@
+"""The pass that Inductor runs on a joint graph: match, place, share, rewrite, with a cache key that sees all it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from quartet_compile import kernels
+from quartet_compile.passes.match import Site, match
+from quartet_compile.passes.place import Decision, Policy, place, unmatched_globs
+from quartet_compile.passes.rewrite import rewrite
+from quartet_compile.passes.share import share
+
+log = logging.getLogger("quartet_compile")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was decided for one graph: a decision for each linear, and the option globs that matched nothing in it."""
+
+    decisions: tuple[Decision, ...]
+    unmatched: tuple[tuple[str, str], ...]
+
+
+def run(graph: Graph, parameters: Mapping[int, str], policy: Policy) -> Result:
+    """Rewrite a joint or inference graph in place. An error leaves it as it was."""
+    linears = match(graph, parameters)
+    decisions = place(linears, policy)
+    rewritten = [d for d in decisions if not d.recipe.is_empty and isinstance(d.linear, Site)]
+    sites = share([d.linear for d in rewritten])  # type: ignore[misc]
+    rewrite(graph, [(site, d.recipe) for site, d in zip(sites, rewritten, strict=True)])
+    return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)))
+
+
+class QuartetPass(CustomGraphPass):
+    """`run` as a custom pass of Inductor.
+
+    parameters: index of a Dynamo input -> name, for those that are nn.Parameters. fingerprint: whatever the decisions read from the graph
+    that Inductor's cache key does not contain (`fingerprint`). on_result: called with the `Result` each time the pass runs, which a
+    cache hit prevents.
+    """
+
+    def __init__(
+        self, parameters: Mapping[int, str], policy: Policy, fingerprint: str = "", on_result: Callable[[Result], None] | None = None
+    ) -> None:
+        self.parameters = dict(parameters)
+        self.policy = policy
+        self.fingerprint = fingerprint
+        self.on_result = on_result
+
+    def __call__(self, graph: Graph) -> None:
+        result = run(graph, self.parameters, self.policy)
+        left = [d for d in result.decisions if d.recipe.is_empty]
+        log.info("%d of %d linears in NVFP4", len(result.decisions) - len(left), len(result.decisions))
+        for d in left:
+            log.info("  left: %s (%s): %s", d.linear.place.name, d.linear.place.source, d.reason)
+        for option, glob in result.unmatched:
+            log.info("  %s: %r matches no linear of this graph", option, glob)
+        if self.on_result is not None:
+            self.on_result(result)
+
+    def uuid(self) -> Any:
+        return "quartet", source_hash(), repr(self.policy), repr(sorted(self.parameters.items())), self.fingerprint
+
+
+@cache
+def source_hash() -> str:
+    """A hash over the sources of passes and kernels, so that an edited rule never meets a stale cache entry."""
+    digest = hashlib.sha256()
+    roots = (Path(__file__).parent, Path(kernels.__file__).parent)
+    for path in sorted(p for root in roots for p in root.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def fingerprint(gm: GraphModule) -> str:
+    """A hash over the node metadata that decisions depend on: module paths, classes and annotations. The cache keys of torch leave it out."""
+    digest = hashlib.sha256()
+    for module in gm.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                stack = [(path, getattr(cls, "_quartet_recipe", None)) for path, cls in (node.meta.get("nn_module_stack") or {}).values()]
+                digest.update(repr((node.name, stack, node.meta.get("custom"))).encode())
+    return digest.hexdigest()

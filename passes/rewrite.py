@@ -1,0 +1,179 @@
+"""Step 4: turn placed linears into quantize and matmul operators, as their recipe's table says.
+
+    forward   y  = matmul(quantize(x), quantize(w), bias)
+    dgrad     dx = matmul(quantize_grad(e),   requantize(the packed w)) / 128
+    wgrad     dw = matmul(quantize_grad(e^T), requantize(the packed x)) / 128
+
+Both operands of a backward product name the same rotation in one tensor of seeds, drawn once a step. A rotation belongs to the saved
+operand: three linears that share x share its requantized transpose, hence its rotation. The seeds and the requantized operands are tagged
+to stay in the backward graph; otherwise the partitioner may draw the seeds twice, and the two operands of a product would be rotated
+differently, or move the requantized operands into the forward pass and save them.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch._inductor import inductor_prims  # noqa: F401  (registers prims.inductor_seeds)
+from torch.fx import Graph, Node
+
+from quartet_compile.passes.match import Gradient, Operand, Site
+from quartet_compile.passes.recipe import Cell, Product, Recipe
+
+quartet = torch.ops.quartet
+
+IN_BACKWARD = "must_be_in_backward"
+
+COPIED_META = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace", "seq_nr", "custom", "autograd_backward", "recompute", "ac_graph_id")
+"""What a new node inherits from the product it replaces; the last two keep activation checkpointing working."""
+
+
+class PackedNodes(NamedTuple):
+    """An NVFP4 operand in the graph."""
+
+    codes: Node
+    scales: Node
+    tensor_scale: Node
+
+
+def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
+    """Rewrite the products of the placed sites. All new nodes are built before the first old one goes: an error leaves the graph as it was."""
+    writer = _Writer(graph)
+    replacements: list[tuple[Node, Node]] = []
+    try:
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        backward: list[tuple[Node, Callable[[], Node]]] = []
+        for site, recipe in placed:
+            if recipe.forward is None:
+                continue
+            x, w = writer.forward_operands(site, recipe.forward)
+            replacements.append((site.forward, writer.forward(site, x, w, recipe.forward)))
+            for kind, gradient, product, saved in (("dx", site.dgrad, recipe.dgrad, w), ("dw", site.wgrad, recipe.wgrad, x)):
+                if gradient is not None and product is not None:
+                    backward.append((gradient.node, writer.gradient_builder(site, kind, gradient, product, saved)))
+        # In graph order, because an operand that several products share has to stand before the first of them.
+        for node, build in sorted(backward, key=lambda item: order[item[0]]):
+            replacements.append((node, build()))
+        writer.finish_seeds()
+    except BaseException:
+        writer.undo()
+        raise
+    for old, new in replacements:
+        old.replace_all_uses_with(new)
+        graph.erase_node(old)
+    graph.eliminate_dead_code()
+
+
+class _Writer:
+    """Adds nodes to a graph, remembers what was packed already, and can take everything back."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.added: list[Node] = []
+        self.packed: dict[tuple[Operand, Cell], PackedNodes] = {}
+        self.rotations: dict[tuple[str, PackedNodes, Cell], tuple[int, PackedNodes]] = {}
+        self.seeds: dict[torch.device, Node] = {}
+        self.rotation_count: dict[torch.device, int] = {}
+
+    def undo(self) -> None:
+        for node in reversed(self.added):
+            self.graph.erase_node(node)
+
+    # -- single nodes
+
+    def call(self, target: Any, args: tuple[Any, ...], like: Node, name: str, tag: str | None = None) -> Node:
+        """A node that computes `target(*args)`, with the metadata of the product `like`."""
+        node = self.graph.create_node("call_function", target, args, name=name)
+        self.added.append(node)
+        node.meta.update({key: like.meta[key] for key in COPIED_META if key in like.meta})
+        tag = tag or like.meta.get("partitioner_tag")
+        if tag is not None:
+            node.meta["partitioner_tag"] = tag
+        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        if target is operator.getitem:
+            node.meta["val"] = values[0][values[1]]
+        else:
+            with like.meta["val"].fake_mode:
+                node.meta["val"] = target(*values)
+        return node
+
+    def call_packed(self, target: Any, args: tuple[Any, ...], like: Node, name: str, tag: str | None = None) -> PackedNodes:
+        node = self.call(target, args, like, name, tag)
+        parts = (self.call(operator.getitem, (node, i), like, f"{name}_{part}", tag) for i, part in enumerate(PackedNodes._fields))
+        return PackedNodes(*parts)
+
+    # -- forward
+
+    def forward_operands(self, site: Site, product: Product) -> tuple[PackedNodes, PackedNodes]:
+        with self.graph.inserting_before(site.forward):
+            return self.quantized(site, site.x, product.left, "x"), self.quantized(site, site.w, product.right, "w")
+
+    def quantized(self, site: Site, o: Operand, cell: Cell, role: str) -> PackedNodes:
+        if (o, cell) not in self.packed:
+            name = f"{_stem(site)}_{role}"
+            node = o.base
+            if o.transposed:
+                node = self.call(torch.ops.aten.permute.default, (node, [1, 0]), site.forward, f"{name}_t")
+            self.packed[o, cell] = self.call_packed(quartet.quantize.default, (node, cell.rule), site.forward, name)
+        return self.packed[o, cell]
+
+    def forward(self, site: Site, x: PackedNodes, w: PackedNodes, product: Product) -> Node:
+        dtype = site.forward.meta["val"].dtype
+        with self.graph.inserting_before(site.forward):
+            return self.call(
+                quartet.matmul.default, (*x, *w, site.bias, product.scale, dtype), site.forward, f"{_stem(site)}_y"
+            )
+
+    # -- backward
+
+    def gradient_builder(self, site: Site, kind: str, gradient: Gradient, product: Product, saved: PackedNodes) -> Callable[[], Node]:
+        return lambda: self.gradient(site, kind, gradient, product, saved)
+
+    def gradient(self, site: Site, kind: str, gradient: Gradient, product: Product, saved: PackedNodes) -> Node:
+        node, name = gradient.node, f"{_stem(site)}_{kind}"
+        columns = int(site.shape[1])  # the features that the weight and x have in common; a parameter's shape is never symbolic
+        with self.graph.inserting_before(node):
+            seeds = self.seeds_on(node)
+            index, other = self.requantized(site, kind, saved, product.right, columns, seeds, node)
+            e = self.call_packed(
+                quartet.quantize_grad.default, (gradient.e.base, seeds, index, product.left.rule, gradient.e.transposed), node, f"{name}_e"
+            )
+            left, right = (other, e) if gradient.transposed else (e, other)
+            return self.call(quartet.matmul.default, (*left, *right, None, product.scale, node.meta["val"].dtype), node, name)
+
+    def requantized(
+        self, site: Site, kind: str, saved: PackedNodes, cell: Cell, columns: int, seeds: Node, like: Node
+    ) -> tuple[int, PackedNodes]:
+        """(rotation, packed transpose) of a saved operand; the first product to need it makes it."""
+        key = (kind, saved, cell)
+        if key not in self.rotations:
+            device = like.meta["val"].device
+            index = self.rotation_count.get(device, 0)
+            self.rotation_count[device] = index + 1
+            name = f"{_stem(site)}_{'w' if kind == 'dx' else 'x'}t"
+            args = (*saved, columns, seeds, index, cell.rule)
+            self.rotations[key] = index, self.call_packed(quartet.requantize.default, args, like, name, IN_BACKWARD)
+        return self.rotations[key]
+
+    def seeds_on(self, like: Node) -> Node:
+        """The seeds of this step on a device: one node, because two equal ones would be merged or drawn apart."""
+        device = like.meta["val"].device
+        if device not in self.seeds:
+            self.seeds[device] = self.call(torch.ops.prims.inductor_seeds.default, (1, device), like, "seeds", IN_BACKWARD)
+        return self.seeds[device]
+
+    def finish_seeds(self) -> None:
+        for device, node in self.seeds.items():
+            count = self.rotation_count[device]
+            node.args = (count, device)
+            with node.meta["val"].fake_mode:
+                node.meta["val"] = torch.empty(count, dtype=torch.int64, device=device)
+
+
+def _stem(site: Site) -> str:
+    """A short identifier for node names: the last two components of the module's path."""
+    return re.sub(r"\W", "_", "_".join(site.place.name.split(".")[-2:])).strip("_") or "linear"

@@ -1,0 +1,36 @@
+"""Step 3: give equal operands one node, so that they are quantized once.
+
+q, k and v read the same activation, gate and up too; but each linear reads it through views and casts of its own. Here every operand is
+replaced by the first one that is equal to it. Inductor would merge equal quantizers only in training graphs, and too late for the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from quartet_compile.passes.match import Operand, Site
+from quartet_compile.passes.provenance import LAYOUT_OPS
+
+
+def share(sites: Sequence[Site]) -> list[Site]:
+    """The sites with their operands x and w made canonical: equal tensors are the same node. Changes nothing in the graph."""
+    first: dict[Any, Node] = {}
+    return [replace(s, x=_canonical_operand(s.x, first), w=_canonical_operand(s.w, first)) for s in sites]
+
+
+def _canonical_operand(o: Operand, first: dict[Any, Node]) -> Operand:
+    return Operand(_canonical(o.base, first), o.transposed)
+
+
+def _canonical(node: Node, first: dict[Any, Node]) -> Node:
+    """The first node that does the same views and casts to the same tensor."""
+    if node.op != "call_function" or node.target not in LAYOUT_OPS:
+        return node
+    args = map_arg(node.args, lambda n: _canonical(n, first))
+    kwargs = map_arg(node.kwargs, lambda n: _canonical(n, first))
+    return first.setdefault((node.target, str(args), str(kwargs)), node)

@@ -1,0 +1,124 @@
+"""The backend itself: what `torch.compile(model, backend="quartet")` calls with each captured graph.
+
+It finds out which graph inputs are parameters, turns options and surroundings into a policy, and hands the graph to Inductor with our pass
+in front of its own joint-graph passes. Nothing global is touched: all settings are patches of this one compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.fx.traceback
+from torch.fx import GraphModule
+
+from quartet_compile.options import Options, split_options
+from quartet_compile.passes import compat
+from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
+from quartet_compile.passes.place import SCOPE_KEY
+
+PASS_FIELD = "joint_custom_pre_pass"
+
+aten = torch.ops.aten
+
+
+def quartet(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a captured graph with its linears in NVFP4. torch.compile calls it; see `Options` for the ``quartet.*`` options."""
+    from torch._inductor.compile_fx import compile_fx
+
+    ours, inductor_options = split_options(options)
+    if mode is not None and ours.mode is not None:
+        raise ValueError("give mode= or the option quartet.mode, not both")
+    scope = active_scope()
+    patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
+    compiled = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions())  # type: ignore[arg-type]
+    return only_in_scope(compiled, scope)
+
+
+def inductor_patches(
+    gm: GraphModule, example_inputs: Sequence[Any], ours: Options, inductor_options: Mapping[str, Any], mode: str | None,
+    scope: str | None, on_result: Callable[[Result], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Inductor's settings for one compilation: the user's own, with our pass behind the user's joint passes."""
+    patches = compat.inductor_settings(mode or ours.mode, inductor_options)
+    own = patches.get(PASS_FIELD, torch._inductor.config.joint_custom_pre_pass)
+    rewriting = QuartetPass(parameter_names(gm, example_inputs), ours.policy(scope), fingerprint(gm), on_result)
+    users = compat.custom_passes(own)
+    patches[PASS_FIELD] = compat.PassSequence([*users, rewriting]) if users else rewriting
+    return patches
+
+
+def parameter_names(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
+    """Index -> dotted name of the graph inputs that are nn.Parameters.
+
+    The inputs themselves tell: placeholders carry fake tensors, and under DDP's splits not even those say what they were.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    names = {}
+    for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
+        if isinstance(value, torch.nn.Parameter) or isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+            names[index] = _dotted_name(node)
+    return names
+
+
+def _dotted_name(placeholder: torch.fx.Node) -> str:
+    """ "layers.0.q.weight" for the source L['self']._modules['layers']._modules['0']._modules['q']._parameters['weight']."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    name = getattr(source, "name", None)
+    text = name() if callable(name) else name  # a method up to 2.11, a property later
+    if not isinstance(text, str):
+        return str(placeholder.target)
+    parts = text.replace("']", "").replace("._modules['", ".").replace("._parameters['", ".").replace("['", ".")
+    return parts.split(".", 2)[-1] if parts.startswith(("L.", "G.")) and parts.count(".") > 1 else parts.split(".")[-1]
+
+
+@functools.cache
+def _undecomposed() -> tuple[Any, ...]:
+    return aten.mm.default, aten.addmm.default
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions without those of mm and addmm, which would turn products with a dimension of 1 into pointwise code that
+    cannot be recognised as a linear any more."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    return {op: f for op, f in select_decomp_table().items() if op not in _undecomposed()}
+
+
+# ---------------------------------------------------------------- contexts around a compiled call
+
+
+def active_scope() -> str | None:
+    """The recipe of a `quartet.recipe` context that eager code has entered right now, or None."""
+    return (torch.fx.traceback.current_meta.get("custom") or {}).get(SCOPE_KEY)
+
+
+def only_in_scope(compiled: Callable[..., Any], scope: str | None) -> Callable[..., Any]:
+    """`compiled`, refusing to run under another recipe context than the one it was compiled under.
+
+    torch does not guard on contexts that eager code enters, so without this a graph would silently keep the recipe of its first call.
+    """
+
+    @functools.wraps(compiled)
+    def checked(*args: Any) -> Any:
+        if active_scope() != scope:
+            raise RuntimeError(
+                f"this graph was compiled under {_describe(scope)} and is now called under {_describe(active_scope())}. A context entered "
+                "in eager code around a compiled call cannot be switched: enter it inside the compiled function, decorate the function, or "
+                "use quartet.set_recipe(model, ...)."
+            )
+        return compiled(*args)
+
+    return checked
+
+
+def _describe(scope: str | None) -> str:
+    return "no quartet.recipe context" if scope is None else f"quartet.recipe({scope!r})"
+
+
+# What torch.compile and Dynamo look for on a backend.
+quartet.reset = lambda: torch._TorchCompileInductorWrapper(None, None, None).reset()  # type: ignore[attr-defined]
