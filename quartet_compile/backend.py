@@ -35,7 +35,7 @@ def quartet(
         raise ValueError("give mode= or the option quartet.mode, not both")
     scope = active_scope()
     patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
-    compiled = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions())  # type: ignore[arg-type]
+    compiled = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())  # type: ignore[arg-type]
     return only_in_scope(compiled, scope)
 
 
@@ -76,17 +76,20 @@ def _dotted_name(placeholder: torch.fx.Node) -> str:
     return parts.split(".", 2)[-1] if parts.startswith(("L.", "G.")) and parts.count(".") > 1 else parts.split(".")[-1]
 
 
-@functools.cache
-def _undecomposed() -> tuple[Any, ...]:
-    return aten.mm.default, aten.addmm.default
-
-
-def decompositions() -> dict[Any, Callable[..., Any]]:
+class Decompositions(dict[Any, Callable[..., Any]]):
     """Inductor's decompositions without those of mm and addmm, which would turn products with a dimension of 1 into pointwise code that
-    cannot be recognised as a linear any more."""
-    from torch._inductor.decomposition import select_decomp_table
+    cannot be recognised as a linear any more.
 
-    return {op: f for op, f in select_decomp_table().items() if op not in _undecomposed()}
+    Pickles as a call of this class: Inductor puts the table into its cache key, where functions of torch's C++ parts have no place.
+    """
+
+    def __init__(self) -> None:
+        from torch._inductor.decomposition import select_decomp_table
+
+        super().__init__({op: f for op, f in select_decomp_table().items() if op not in (aten.mm.default, aten.addmm.default)})
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Decompositions, ()
 
 
 # ---------------------------------------------------------------- contexts around a compiled call
