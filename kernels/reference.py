@@ -27,7 +27,14 @@ SR_OVERRIDE = 17 / 16
 MS_EDEN_OVERRIDE = SR_OVERRIDE * 0.93
 """MS-EDEN maps the group maximum to 6 / 0.988125 = 6.072: a little clipping, on purpose, lowers the error."""
 
-SCALE_CEILING = {"nearest": 448.0, "nearest_16x16": 447.99, "four_over_six": 256.0, "stochastic": 448.0, "ms_eden": 256.0, "ms_eden_paper": 255.99}
+SCALE_CEILING = {
+    "nearest": 448.0,
+    "nearest_16x16": 447.99,
+    "four_over_six": 256.0,
+    "stochastic": 448.0,
+    "ms_eden": 256.0,
+    "ms_eden_paper": 255.99,
+}
 """Largest group scale, in units of the tensor scale, that each rule aims at."""
 
 _E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)

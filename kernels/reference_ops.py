@@ -32,7 +32,9 @@ def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bo
     return _rotate_and_round(operand.float(), seed, philox.STREAM_GRADIENT)
 
 
-def requantize(codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str, rank: int) -> Packed:
+def requantize(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str, rank: int
+) -> Packed:
     """Dequantize, transpose, rotate and quantize a packed [M, columns] into [columns, ceil(M/128)*128]."""
     assert rule == "ms_eden"
     seed = philox.seed_for_rank(int(seeds[index]), rank)

@@ -1,1 +1,1 @@
-"""What happens to a graph: match, place, share, rewrite."""
+"""What happens to a graph: match, share, place, rewrite."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch.fx import Graph, Node
@@ -211,13 +212,15 @@ def _embedded_parameters(graph: Graph, origin: Mapping[Node, Origin]) -> set[Nod
 # ---------------------------------------------------------------- names
 
 
+_PACKAGE = str(Path(__file__).parent.parent / "quartet_compile")
 _ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")
 
 
 def locate(node: Node, weights: frozenset[Node], parameters: Mapping[int, str]) -> Place:
     """Name, source line, enclosing classes and annotations of a product."""
     stack = list((node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}).values())
-    path = _ROOT.sub("", stack[-1][0]) if stack else ""
+    # A forward that set_recipe put on a module shows up in the path.
+    path = _ROOT.sub("", stack[-1][0]).replace(".forward.__self__", "") if stack else ""
     names = sorted(parameters[i] for w in weights if (i := dynamo_input_index(w)) is not None)
     name = path
     if len(names) == 1:
@@ -231,5 +234,5 @@ def locate(node: Node, weights: frozenset[Node], parameters: Mapping[int, str]) 
 def _source(node: Node) -> str:
     """"file.py:12" of the innermost line of the model's own code, from the node's stack trace."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [f for f in frames if f"{torch.__path__[0]}/nn/modules" not in f[0]] or frames
+    own = [f for f in frames if not f[0].startswith((f"{torch.__path__[0]}/nn/modules", _PACKAGE))] or frames
     return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else ""

@@ -1,4 +1,4 @@
-"""The pass that Inductor runs on a joint graph: match, place, share, rewrite, with a cache key that sees all it depends on."""
+"""The pass that Inductor runs on a joint graph: match, share, place, rewrite, with a cache key that sees all it depends on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 
 from quartet_compile import kernels
 from quartet_compile.passes.match import Site, match
-from quartet_compile.passes.place import Decision, Policy, place, unmatched_globs
+from quartet_compile.passes.place import CLASS_ATTRIBUTE, Decision, Policy, place, unmatched_globs
 from quartet_compile.passes.rewrite import rewrite
 from quartet_compile.passes.share import share
 
@@ -33,11 +33,9 @@ class Result:
 
 def run(graph: Graph, parameters: Mapping[int, str], policy: Policy) -> Result:
     """Rewrite a joint or inference graph in place. An error leaves it as it was."""
-    linears = match(graph, parameters)
+    linears = share(match(graph, parameters))
     decisions = place(linears, policy)
-    rewritten = [d for d in decisions if not d.recipe.is_empty and isinstance(d.linear, Site)]
-    sites = share([d.linear for d in rewritten])  # type: ignore[misc]
-    rewrite(graph, [(site, d.recipe) for site, d in zip(sites, rewritten, strict=True)])
+    rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
     return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)))
 
 
@@ -84,11 +82,11 @@ def source_hash() -> str:
 
 
 def fingerprint(gm: GraphModule) -> str:
-    """A hash over the node metadata that decisions depend on: module paths, classes and annotations. The cache keys of torch leave it out."""
+    """A hash over the metadata that decisions depend on (module paths, classes, annotations), which torch leaves out of its cache keys."""
     digest = hashlib.sha256()
     for module in gm.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                stack = [(path, getattr(cls, "_quartet_recipe", None)) for path, cls in (node.meta.get("nn_module_stack") or {}).values()]
+                stack = [(path, getattr(cls, CLASS_ATTRIBUTE, None)) for path, cls in (node.meta.get("nn_module_stack") or {}).values()]
                 digest.update(repr((node.name, stack, node.meta.get("custom"))).encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Step 2: decide the recipe of each linear, and remember who decided.
+"""Step 3: decide the recipe of each linear, and remember who decided.
 
 The order, strongest first: a decorator or context on the code, `set_recipe` on the module, the globs of the options, the defaults.
 Everything here is plain data, so that a policy can be hashed into a cache key.

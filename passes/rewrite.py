@@ -41,7 +41,10 @@ class PackedNodes(NamedTuple):
 
 
 def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
-    """Rewrite the products of the placed sites. All new nodes are built before the first old one goes: an error leaves the graph as it was."""
+    """Rewrite the products of the placed sites.
+
+    All new nodes are built before the first old one goes, so an error leaves the graph as it was.
+    """
     writer = _Writer(graph)
     replacements: list[tuple[Node, Node]] = []
     try:

@@ -1,4 +1,4 @@
-"""Step 3: give equal operands one node, so that they are quantized once.
+"""Step 2: give equal operands one node, so that they are quantized once.
 
 q, k and v read the same activation, gate and up too; but each linear reads it through views and casts of its own. Here every operand is
 replaced by the first one that is equal to it. Inductor would merge equal quantizers only in training graphs, and too late for the report.
@@ -13,14 +13,16 @@ from typing import Any
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from quartet_compile.passes.match import Operand, Site
+from quartet_compile.passes.match import Operand, Site, Unsupported
 from quartet_compile.passes.provenance import LAYOUT_OPS
 
 
-def share(sites: Sequence[Site]) -> list[Site]:
-    """The sites with their operands x and w made canonical: equal tensors are the same node. Changes nothing in the graph."""
+def share(linears: Sequence[Site | Unsupported]) -> list[Site | Unsupported]:
+    """The linears with their operands x and w made canonical: equal tensors are the same node. Changes nothing in the graph."""
     first: dict[Any, Node] = {}
-    return [replace(s, x=_canonical_operand(s.x, first), w=_canonical_operand(s.w, first)) for s in sites]
+    return [
+        replace(s, x=_canonical_operand(s.x, first), w=_canonical_operand(s.w, first)) if isinstance(s, Site) else s for s in linears
+    ]
 
 
 def _canonical_operand(o: Operand, first: dict[Any, Node]) -> Operand:

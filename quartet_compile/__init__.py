@@ -5,9 +5,25 @@ would be rewritten.
 """
 
 from quartet_compile.backend import quartet as backend
+from quartet_compile.explain import explain
+from quartet_compile.marks import RecipeHandle, recipe, set_recipe
+from quartet_compile.passes.place import UnsupportedLinear
 from quartet_compile.passes.recipe import Cell, Product, Recipe
 from quartet_compile.recipes import RECIPES
+from quartet_compile.report import Report
 
 __version__ = "0.1.0"
 
-__all__ = ["RECIPES", "Cell", "Product", "Recipe", "backend"]
+__all__ = [
+    "RECIPES",
+    "Cell",
+    "Product",
+    "Recipe",
+    "RecipeHandle",
+    "Report",
+    "UnsupportedLinear",
+    "backend",
+    "explain",
+    "recipe",
+    "set_recipe",
+]

@@ -35,7 +35,7 @@ def quartet(
         raise ValueError("give mode= or the option quartet.mode, not both")
     scope = active_scope()
     patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
-    compiled = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())  # type: ignore[arg-type]
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
     return only_in_scope(compiled, scope)
 
 

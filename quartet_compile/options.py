@@ -62,7 +62,11 @@ def _checked(key: str, name: str, value: Any) -> Any:
         if not all(isinstance(g, str) for g in globs):
             raise TypeError(f"option {key!r} takes a glob or a list of globs, got {value!r}")
         return globs
-    expected = {"recipe": str, "min_features": int, "strict": bool, "mode": str}[name]
-    if not isinstance(value, expected) or (expected is int and (isinstance(value, bool) or value < 0)):
-        raise TypeError(f"option {key!r} takes {'a number from 0 on' if expected is int else expected.__name__}, got {value!r}")
+    if name == "min_features":
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise TypeError(f"option {key!r} takes a whole number from 0 on, got {value!r}")
+        return value
+    expected = {"recipe": str, "strict": bool, "mode": str}[name]
+    if not isinstance(value, expected):
+        raise TypeError(f"option {key!r} takes a {expected.__name__}, got {value!r}")
     return value

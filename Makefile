@@ -1,0 +1,42 @@
+# make demo   set up and train a small GPT in BF16 and in NVFP4
+# make test   set up and run the fast tests
+# TORCH chooses the build of PyTorch, for example TORCH="torch==2.13.0"; PYTHON the interpreter that makes the environment.
+
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+BIN = $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest
+
+.PHONY: demo test test-slow test-gpu lint numerics clean
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[demo,test,lint]"
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/train_gpt.py
+
+test: $(VENV)/ready
+	$(PYTEST) -n auto
+
+test-slow: $(VENV)/ready
+	$(PYTEST) -m slow
+
+test-gpu: $(VENV)/ready
+	$(PYTEST) -m gpu
+
+numerics: $(VENV)/ready
+	$(BIN)/python benchmarks/numerics.py
+
+# mypy reads the wheel, because the folders passes/ and kernels/ get their package names only when they are installed.
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	rm -rf build/lint && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/lint .
+	cd build/lint && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p quartet_compile
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info

@@ -1,0 +1,178 @@
+"""`explain`: capture a model as torch.compile would, rewrite it, and report what happened, without compiling code.
+
+The graphs go through Dynamo, AOTAutograd, our pass and the partitioner, exactly as in a compilation, and are then run by the interpreter
+instead of Inductor. Caches are neither read nor written, so the report never depends on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx import GraphModule, Node
+
+from quartet_compile.backend import Decompositions, active_scope, parameter_names
+from quartet_compile.kernels.format import GROUP, ceil_to
+from quartet_compile.options import Options, split_options
+from quartet_compile.passes import compat
+from quartet_compile.passes.match import Operand, Site
+from quartet_compile.passes.pipeline import Result, run
+from quartet_compile.passes.place import Decision
+from quartet_compile.passes.provenance import Kind, origins
+from quartet_compile.report import GraphReport, LinearReport, Report
+
+
+def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | None = None, **kwargs: Any) -> Report:
+    """What ``torch.compile(model, backend="quartet", options=options)`` would do for these arguments.
+
+    model: a module or function; args, kwargs: what it is called with. One forward pass is run; parameters, buffers, gradients, the random
+    state and earlier compilations are left as they were. Raises what the compilation would raise: ValueError for unknown options and
+    recipes, an error for an unsupported linear under quartet.strict.
+    """
+    ours, _ = split_options(options)
+    collector = _Collector(ours)
+    model = getattr(model, "_orig_mod", model)
+    buffers = {name: b.clone() for name, b in model.named_buffers()} if isinstance(model, nn.Module) else {}
+    fresh = _fresh_callable(model)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.compile(fresh, backend=collector, **compat.fresh_compile_options())(*args, **kwargs)
+    if isinstance(model, nn.Module):
+        with torch.no_grad():
+            for name, b in model.named_buffers():
+                b.copy_(buffers[name])
+    return collector.report(model)
+
+
+def _fresh_callable(model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function with a code object of its own, so that what Dynamo remembers of this capture is forgotten with it."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
+
+
+class _Collector:
+    """A backend that reports instead of generating code."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.graphs: list[GraphReport] = []
+        self.results: list[Result] = []
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        parameters = parameter_names(gm, example_inputs)
+        policy = self.options.policy(active_scope())
+
+        def partition(joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
+            outputs = kwargs["num_fwd_outputs"]
+            unchanged = GraphModule(joint, copy.deepcopy(joint.graph))
+            plain, _ = min_cut_rematerialization_partition(unchanged, inputs, compiler="inductor", **kwargs)
+            before = _saved_bytes(plain, outputs, _kinds(joint, parameters))
+            result = run(joint.graph, parameters, policy)
+            kinds = _kinds(joint, parameters)
+            forward, backward = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
+            self.add(result, before, _saved_bytes(forward, outputs, kinds), forward, backward)
+            return forward, backward
+
+        def inference(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            result = run(graph.graph, parameters, policy)
+            graph.recompile()
+            self.add(result, (0, 0), (0, 0), graph, None)
+            return _boxed(graph, inputs)
+
+        return aot_autograd(
+            fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=inference, partition_fn=partition, decompositions=Decompositions()
+        )(gm, example_inputs)
+
+    def add(
+        self, result: Result, before: tuple[int, int], after: tuple[int, int], forward: GraphModule, backward: GraphModule | None
+    ) -> None:
+        self.results.append(result)
+        linears = _linears(result.decisions)
+        self.graphs.append(GraphReport(linears, before[0], after[0], before[1], after[1], _source(forward), _source(backward)))
+
+    def report(self, model: Any) -> Report:
+        globs = [set(r.unmatched) for r in self.results]
+        unmatched = set.intersection(*globs) if globs else set()
+        seen = {linear.name for graph in self.graphs for linear in graph.linears}
+        modules = model.named_modules() if isinstance(model, nn.Module) else ()
+        missing = tuple(n for n, m in modules if isinstance(m, nn.Linear) and (n or "<function>") not in seen)
+        return Report(tuple(self.graphs), missing, tuple(sorted(unmatched)))
+
+
+def _boxed(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(gm.forward)
+
+
+def _source(gm: GraphModule | None) -> str:
+    return "" if gm is None else gm.print_readable(print_output=False)
+
+
+def _kinds(joint: GraphModule, parameters: Mapping[int, str]) -> dict[str, Kind]:
+    return {node.name: origin.kind for node, origin in origins(joint.graph, parameters).items()}
+
+
+def _saved_bytes(forward: GraphModule, outputs: int, kinds: Mapping[str, Kind]) -> tuple[int, int]:
+    """Bytes that a forward graph hands to its backward, graph inputs and their views not counted: (activations, made of parameters)."""
+    (results,) = forward.graph.find_nodes(op="output")[0].args
+    activations = weights = 0
+    for node in dict.fromkeys(results[outputs:]):
+        if not isinstance(node, Node) or not isinstance(node.meta.get("val"), torch.Tensor) or _is_input_view(node):
+            continue
+        size = _hint(node.meta["val"].numel()) * node.meta["val"].element_size()
+        if kinds.get(node.name, Kind.ACTIVATION) is Kind.ACTIVATION:
+            activations += size
+        else:
+            weights += size
+    return activations, weights
+
+
+def _is_input_view(node: Node) -> bool:
+    """True for a graph input or a view of one: keeping it costs nothing."""
+    while node.op == "call_function" and getattr(node.target, "is_view", False):
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
+
+
+def _hint(n: int | torch.SymInt) -> int:
+    return n if isinstance(n, int) else int(n.node.hint)
+
+
+def _linears(decisions: Sequence[Decision]) -> tuple[LinearReport, ...]:
+    seen: set[Operand] = set()
+    return tuple(_linear(decision, seen) for decision in decisions)
+
+
+def _linear(decision: Decision, seen: set[Operand]) -> LinearReport:
+    """One line. `seen` holds the inputs that earlier linears keep already (q, k and v read the same one)."""
+    linear, recipe = decision.linear, decision.recipe
+    at = linear.place
+    if not isinstance(linear, Site):
+        return LinearReport(at.name, at.source, None, "bf16", decision.decided_by, (), decision.reason, decision.left_because)
+    tokens, features_in, features_out = (_hint(n) for n in linear.shape)
+    present = (("y", recipe.forward, True), ("dx", recipe.dgrad, linear.dgrad), ("dw", recipe.wgrad, linear.wgrad))
+    products = tuple(name for name, cells, exists in present if cells is not None and exists)
+    before = after = 0
+    if linear.wgrad is not None and linear.x not in seen:
+        seen.add(linear.x)
+        before = tokens * features_in * linear.x.base.meta["val"].element_size()
+        after = _packed_bytes(tokens, features_in) if "dw" in products else before
+    weight = _packed_bytes(features_out, features_in) if "dx" in products else 0
+    return LinearReport(
+        at.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
+        decision.left_because, before, after, weight,
+    )  # fmt: skip
+
+
+def _packed_bytes(rows: int, columns: int) -> int:
+    padded = ceil_to(columns, GROUP)
+    return rows * (padded // 2 + padded // GROUP) + 4

@@ -1,0 +1,138 @@
+"""What became of every linear, as data and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quartet_compile.passes.place import LeftBecause
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One linear.
+
+    shape: (T, I, O), tokens, in and out features (tokens of this example if dynamic). recipe: by name, "bf16" if left alone. decided_by:
+    which rule chose it. products: those that were rewritten, of "y", "dx", "dw". reason, left_because: why it was left alone, and which
+    class of reason that is. saved_before, saved_after: bytes kept for the backward pass for its input, 0 where another linear already
+    keeps the same input. weight_bytes: the packed weight that is kept on top of the parameter.
+    """
+
+    name: str
+    source: str
+    shape: tuple[int, int, int] | None
+    recipe: str
+    decided_by: str
+    products: tuple[str, ...] = ()
+    reason: str = ""
+    left_because: LeftBecause | None = None
+    saved_before: int = 0
+    saved_after: int = 0
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One captured graph: its linears, what its forward keeps for its backward in bytes (activations, and tensors made of parameters),
+    before and after rewriting, and both rewritten graphs as Python source (backward is empty in inference)."""
+
+    linears: tuple[LinearReport, ...]
+    activations_before: int
+    activations_after: int
+    weights_before: int
+    weights_after: int
+    forward: str
+    backward: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All graphs of a model. `print(report)` shows a table; `to_dict` and `write_graphs` give the rest.
+
+    not_captured: names of nn.Linear modules that no captured graph contained. unmatched: (option, glob) of the options that matched no
+    linear in any graph.
+    """
+
+    graphs: tuple[GraphReport, ...]
+    not_captured: tuple[str, ...] = ()
+    unmatched: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def linears(self) -> tuple[LinearReport, ...]:
+        """The linears of all graphs, in order."""
+        return tuple(linear for graph in self.graphs for linear in graph.linears)
+
+    @property
+    def saved_bytes_before(self) -> int:
+        """Bytes of activations that the unchanged graphs keep for the backward pass."""
+        return sum(g.activations_before for g in self.graphs)
+
+    @property
+    def saved_bytes_after(self) -> int:
+        """Bytes of activations that the rewritten graphs keep for the backward pass; packed weights are not among them."""
+        return sum(g.activations_after for g in self.graphs)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights that the rewritten graphs keep on top of the parameters."""
+        return sum(g.weights_after - g.weights_before for g in self.graphs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the source of the graphs, as plain data."""
+        data = dataclasses.asdict(self)
+        for graph in data["graphs"]:
+            del graph["forward"], graph["backward"]
+        totals = ("saved_bytes_before", "saved_bytes_after", "weight_bytes")
+        return data | {name: getattr(self, name) for name in totals}
+
+    def write_graphs(self, folder: str | Path) -> list[Path]:
+        """Write the rewritten graphs as readable Python, graph0_forward.py, graph0_backward.py, ..., and return their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for i, graph in enumerate(self.graphs):
+            for name, source in (("forward", graph.forward), ("backward", graph.backward)):
+                if source:
+                    path = folder / f"graph{i}_{name}.py"
+                    path.write_text(source)
+                    written.append(path)
+        return written
+
+    def __str__(self) -> str:
+        rewritten = [linear for linear in self.linears if linear.products]
+        lines = [f"quartet: {len(rewritten)} of {len(self.linears)} linears in NVFP4, {len(self.graphs)} graph(s)", ""]
+        header = ("linear", "source", "T x I -> O", "recipe", "decided by", "rewritten", "input saved")
+        lines += _table([header, *(_row(linear) for linear in self.linears)])
+        for linear in self.linears:
+            if not linear.products:
+                lines.append(f"  left: {linear.name}: {linear.reason} [{linear.left_because}]")
+        lines += [f"  not captured: {name} was in no compiled graph" for name in self.not_captured]
+        lines += [f"  {option}: {glob!r} matches no linear" for option, glob in self.unmatched]
+        lines.append("")
+        lines.append(
+            f"kept for the backward pass: activations {_bytes(self.saved_bytes_before)} -> {_bytes(self.saved_bytes_after)}, "
+            f"packed weights {_bytes(self.weight_bytes)}"
+        )
+        return "\n".join(lines)
+
+
+def _row(linear: LinearReport) -> tuple[str, ...]:
+    shape = "" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]} -> {linear.shape[2]}"
+    saved = ""
+    if linear.saved_before or linear.saved_after:
+        saved = f"{_bytes(linear.saved_before)} -> {_bytes(linear.saved_after)}"
+    elif "dw" in linear.products:
+        saved = "shared"
+    return linear.name, linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
+
+
+def _bytes(n: int) -> str:
+    return f"{n} B" if n < 1024 else f"{n / 1024:.1f} KiB" if n < 1024**2 else f"{n / 1024**2:.1f} MiB"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
