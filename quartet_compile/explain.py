@@ -6,12 +6,12 @@ instead of Inductor. Caches are neither read nor written, so the report never de
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -36,7 +36,7 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     recipes, an error for an unsupported linear under quartet.strict.
     """
     ours, _ = split_options(options)
-    collector = _Collector(ours)
+    collector = GraphCapture(ours)
     model = getattr(model, "_orig_mod", model)
     buffers = {name: b.clone() for name, b in model.named_buffers()} if isinstance(model, nn.Module) else {}
     fresh = _fresh_callable(model)
@@ -58,8 +58,8 @@ def _fresh_callable(model: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__)
 
 
-class _Collector:
-    """A backend that reports instead of generating code."""
+class GraphCapture:
+    """A backend that rewrites and partitions like the real one, runs the graphs by the interpreter and reports on them."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -72,8 +72,7 @@ class _Collector:
 
         def partition(joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
             outputs = kwargs["num_fwd_outputs"]
-            unchanged = GraphModule(joint, copy.deepcopy(joint.graph))
-            plain, _ = min_cut_rematerialization_partition(unchanged, inputs, compiler="inductor", **kwargs)
+            plain, _ = min_cut_rematerialization_partition(_copy(joint), inputs, compiler="inductor", **kwargs)
             before = _saved_bytes(plain, outputs, _kinds(joint, parameters))
             result = run(joint.graph, parameters, policy)
             kinds = _kinds(joint, parameters)
@@ -107,9 +106,16 @@ class _Collector:
         return Report(tuple(self.graphs), missing, tuple(sorted(unmatched)))
 
 
-def _boxed(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-    from functorch.compile import make_boxed_func
+def _copy(gm: GraphModule) -> GraphModule:
+    """A graph that can be partitioned without changing the original; node metadata is copied flat."""
+    graph = torch.fx.Graph()
+    nodes: dict[Node, Node] = {}
+    output = graph.output(graph.graph_copy(gm.graph, nodes))
+    output.meta.update(gm.graph.find_nodes(op="output")[0].meta)
+    return GraphModule(gm, graph)
 
+
+def _boxed(gm: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     return make_boxed_func(gm.forward)
 
 

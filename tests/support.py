@@ -1,0 +1,58 @@
+"""What several tests need: running a model through the rewritten graphs, and watching which seeds its operators were given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quartet_compile.explain import GraphCapture
+from quartet_compile.kernels import cpu
+from quartet_compile.options import split_options
+
+
+def capture(model: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], GraphCapture]:
+    """(the compiled model, its capture): our passes and torch's partitioner without Inductor's code generation, which takes seconds.
+
+    options: without their prefix, such as exclude=["a.*"].
+    """
+    backend = GraphCapture(split_options({f"quartet.{k}": v for k, v in options.items()})[0])
+    return torch.compile(model, backend=backend), backend
+
+
+@dataclass
+class Seeds:
+    """The seeds that gradient quantizers received, in order: dgrad reads e as it is, wgrad transposed (unless e comes transposed)."""
+
+    plain: list[int] = field(default_factory=list)
+    transposed: list[int] = field(default_factory=list)
+
+
+@contextmanager
+def recorded_seeds() -> Iterator[Seeds]:
+    """Watch the seeds that `quartet.quantize_grad` is called with on the CPU."""
+    seen, original = Seeds(), cpu.quantize_grad
+
+    def watching(e: torch.Tensor, seeds: torch.Tensor, index: int, rule: str, transpose: bool, rank: int) -> Any:
+        (seen.transposed if transpose else seen.plain).append(int(seeds[index]))
+        return original(e, seeds, index, rule, transpose, rank)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "quantize_grad", watching)
+        yield seen
+
+
+def relative_error(ours: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of the expected value, in float64."""
+    reference = torch.as_tensor(expected).double()
+    return float((ours.detach().double() - reference).norm() / reference.norm())
+
+
+def off_by_more_than_rounding(ours: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
+    """Share of elements that differ from the expected value rounded once to the dtype of `ours`."""
+    return float((ours.detach() != torch.as_tensor(expected).to(ours.dtype)).float().mean())

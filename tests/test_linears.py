@@ -1,0 +1,296 @@
+"""Every way of writing a linear is found, and its three products equal an independent float64 computation with the same seeds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import float64_recipe as independent
+import pytest
+import torch
+import torch.nn.functional as F
+from support import capture, off_by_more_than_rounding, recorded_seeds, relative_error
+from torch import Tensor, nn
+
+I, O = 70, 66  # multiples of nothing
+
+
+class Conv1D(nn.Module):
+    """The linear of GPT-2: the weight is stored [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(I, O) / 8)
+        self.bias = nn.Parameter(torch.randn(O))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, I), self.weight).view(*x.shape[:-1], O)
+
+
+class AtWeight(nn.Module):
+    """x @ W with W [in, out]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(I, O) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Functional(nn.Module):
+    """F.linear with a parameter of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(O, I) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(I, O),
+    "linear without bias": lambda: nn.Linear(I, O, bias=False),
+    "conv1d": Conv1D,
+    "x @ W": AtWeight,
+    "F.linear": Functional,
+}
+SHAPES = {"1-D": (I,), "2-D": (40, I), "one token": (1, I), "3-D": (2, 20, I), "4-D": (2, 5, 4, I)}
+
+
+def weight_of(model: nn.Module) -> Tensor:
+    """[O, I]."""
+    weight = model.weight
+    assert isinstance(weight, Tensor)
+    return weight if isinstance(model, (nn.Linear, Functional)) else weight.t()
+
+
+def train_step(model: nn.Module, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor, Any, Any]:
+    """(y, the gradient of y, seeds, capture) of one step with a random upstream gradient."""
+    compiled, backend = capture(model, min_features=1)
+    with recorded_seeds() as seeds:
+        with context or contextlib.nullcontext():
+            y = compiled(x)
+        e = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+        y.backward(e)
+    return y, e, seeds, backend.report(model)
+
+
+def check_float32(model: nn.Module, x: Tensor) -> None:
+    y, e, seeds, report = train_step(model, x)
+    (linear,) = report.linears
+    assert linear.products == (("y", "dx", "dw") if x.requires_grad else ("y", "dw")), linear.reason
+    x64, w64, e64 = (t.detach().double().reshape(-1, t.shape[-1]).numpy() for t in (x, weight_of(model), e))
+    expected = torch.tensor(independent.linear(x64, w64)).reshape(y.shape)
+    if getattr(model, "bias", None) is not None:
+        expected = expected + model.bias.detach().double()
+    # 1e-6: float32 sums of about 70 products; a single code that came out differently would show as 1e-4 or more
+    assert relative_error(y, expected) < 1e-6
+    dw = weight_of(model).grad if isinstance(model, (nn.Linear, Functional)) else model.weight.grad.t()
+    assert relative_error(dw, independent.wgrad(e64, x64, seeds.transposed[-1])) < 1e-6
+    if x.requires_grad:
+        assert relative_error(x.grad.reshape(-1, I), independent.dgrad(e64, w64, seeds.plain[0])) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_forward_and_gradients_in_float32(name: str, shape: str) -> None:
+    model = MODELS[name]()
+    check_float32(model, torch.randn(SHAPES[shape], requires_grad=True))
+
+
+def test_an_input_without_gradient_has_no_dgrad() -> None:
+    check_float32(nn.Linear(I, O), torch.randn(40, I))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_results_are_rounded_once(autocast: bool) -> None:
+    """float32 weights under autocast, and a bfloat16 model: what the product would have read is quantized, its sum rounded once."""
+    model = nn.Linear(I, O)
+    x = torch.randn(2, 20, I, requires_grad=True)
+    if not autocast:
+        model, x = model.bfloat16(), x.detach().bfloat16().requires_grad_()
+    y, e, seeds, report = train_step(model, x, torch.autocast("cpu", torch.bfloat16, enabled=autocast))
+    assert report.linears[0].products == ("y", "dx", "dw")
+    assert y.dtype == torch.bfloat16
+    x64, w64, e64 = (t.detach().bfloat16().double().reshape(-1, t.shape[-1]).numpy() for t in (x, model.weight, e))
+    expected = torch.tensor(independent.linear(x64, w64)) + model.bias.detach().bfloat16().double()
+    # float32 and float64 sums round to different bfloat16 numbers only next to a midpoint: about 1e-4 of the elements
+    assert off_by_more_than_rounding(y, expected.reshape(y.shape)) < 2e-3
+    dx, dw = independent.dgrad(e64, w64, seeds.plain[0]), independent.wgrad(e64, x64, seeds.transposed[0])
+    assert off_by_more_than_rounding(x.grad.reshape(-1, I).bfloat16(), dx) < 2e-3
+    assert off_by_more_than_rounding(model.weight.grad.bfloat16(), dw) < 2e-3
+
+
+def test_float16() -> None:
+    model, x = nn.Linear(I, O).half(), torch.randn(40, I).half()
+    compiled, _ = capture(model, min_features=1)
+    with torch.no_grad():
+        y = compiled(x)
+    expected = torch.tensor(independent.linear(x.double().numpy(), model.weight.detach().double().numpy())) + model.bias.detach().double()
+    assert off_by_more_than_rounding(y, expected) < 2e-3
+
+
+def test_a_frozen_weight_has_only_dgrad() -> None:
+    model = nn.Linear(I, O).requires_grad_(False)
+    x = torch.randn(40, I, requires_grad=True)
+    _, e, seeds, report = train_step(model, x)
+    assert report.linears[0].products == ("y", "dx")
+    assert relative_error(x.grad, independent.dgrad(e.double().numpy(), model.weight.double().numpy(), seeds.plain[0])) < 1e-6
+
+
+def test_one_weight_used_twice_is_two_sites_with_one_packed_weight() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(80, 80, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.l(torch.tanh(self.l(x)))
+
+    model, x = Twice(), torch.randn(40, 80, requires_grad=True)
+    y, e, seeds, report = train_step(model, x)
+    assert [linear.products for linear in report.linears] == [("y", "dx", "dw")] * 2
+    assert report.graphs[0].forward.count("quartet.quantize.default") == 3, "two activations, one weight"
+    w, e64, x64 = model.l.weight.detach().double(), e.double(), x.detach().double()
+    hidden = torch.tanh(torch.tensor(independent.linear(x64.numpy(), w.numpy())))
+    assert relative_error(y, independent.linear(hidden.numpy(), w.numpy())) < 1e-4  # a hidden value near a tie may move with float32
+    # both products of the weight share its rotation; the second linear's backward runs first
+    d_hidden = torch.tensor(independent.dgrad(e64.numpy(), w.numpy(), seeds.plain[0])) * (1 - hidden**2)
+    dw = independent.wgrad(e64.numpy(), hidden.numpy(), seeds.transposed[0]) + independent.wgrad(
+        d_hidden.numpy(), x64.numpy(), seeds.transposed[1]
+    )
+    assert seeds.plain[0] == seeds.plain[1]
+    assert relative_error(model.l.weight.grad, dw) < 5e-3
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "eval", "inference_mode"])
+def test_inference(mode: str) -> None:
+    model = nn.Sequential(nn.Linear(I, O), nn.Dropout(0.5)).eval()
+    compiled, backend = capture(model, min_features=1)
+    x = torch.randn(40, I)
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "eval": contextlib.nullcontext}[mode]
+    with context():
+        y = compiled(x)
+    expected = torch.tensor(independent.linear(x.double().numpy(), model[0].weight.detach().double().numpy()))
+    assert relative_error(y, expected + model[0].bias.detach().double()) < 1e-6
+    assert "y" in backend.report(model).linears[0].products
+
+
+def test_dynamic_batch_and_sequence_compile_once() -> None:
+    model = nn.Linear(I, O)
+    backend = capture(model, min_features=1)[1]
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for batch, length in ((2, 20), (3, 17), (5, 64)):
+        x = torch.randn(batch, length, I, requires_grad=True)
+        compiled(x).sum().backward()
+        assert x.grad is not None
+    assert len(backend.graphs) == 1
+    assert backend.graphs[0].linears[0].products == ("y", "dx", "dw")
+
+
+# ---------------------------------------------------------------- what is left, and why
+
+
+def only_linear(model: nn.Module, *args: Any, **options: Any) -> Any:
+    compiled, backend = capture(model, **options)
+    compiled(*args)
+    (linear,) = backend.report(model).linears
+    return linear
+
+
+def test_computed_weights_are_reported_as_unsupported() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(80, 80))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * 2)
+
+    linear = only_linear(Scaled(), torch.randn(4, 80))
+    assert linear.left_because == "unsupported"
+    assert "computed from parameters" in linear.reason
+
+
+def test_a_weight_on_the_left_is_reported_as_unsupported() -> None:
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(80, 80))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.weight @ x
+
+    assert "left operand" in only_linear(Left(), torch.randn(80, 80)).reason
+
+
+def test_float64_is_reported_as_unsupported() -> None:
+    linear = only_linear(nn.Linear(80, 80).double(), torch.randn(4, 80).double())
+    assert linear.left_because == "unsupported"
+    assert "float64" in linear.reason
+
+
+def test_products_of_activations_are_no_linears() -> None:
+    class Attention(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return (q @ q.transpose(-1, -2)).softmax(-1) @ q
+
+    compiled, backend = capture(Attention())
+    compiled(torch.randn(2, 64, 64, requires_grad=True))
+    assert backend.report(None).linears == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ("lm_head", "output head"),
+        ("router", "router of a mixture of experts"),
+        ("small", "8 features, below 64"),
+        ("tied", "its weight is also an embedding"),
+    ],
+)
+def test_defaults_leave_heads_routers_small_and_tied_linears(names: str, reason: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(100, 128)
+            self.body = nn.Linear(128, 128)
+            setattr(self, names, nn.Linear(128, 8 if names == "small" else 100))
+            if names == "tied":
+                self.tied.weight = self.embedding.weight
+
+        def forward(self, i: Tensor) -> Tensor:
+            return getattr(self, names)(self.body(self.embedding(i)))
+
+    model = Model()
+    compiled, backend = capture(model)
+    compiled(torch.randint(0, 100, (2, 8)))
+    body, left = backend.report(model).linears
+    assert (body.name, body.products) == ("body", ("y", "dx", "dw"))
+    assert (left.left_because, left.products) == ("default", ())
+    assert reason in left.reason
+
+
+def test_a_numbered_output_is_no_head() -> None:
+    """BERT's `layer.3.output.dense` and a block's `layers.0.output` are ordinary linears."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Block()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x)
+
+    assert only_linear(Model(), torch.randn(4, 64)).products == ("y", "dw")
