@@ -10,15 +10,14 @@ so that every linear is accounted for.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Graph, Node
 
 from quartet_compile.kernels.ops import OPERAND_DTYPES
+from quartet_compile.passes.locate import Place, locate
 from quartet_compile.passes.provenance import Kind, Origin, dynamo_input_index, origins
 
 aten = torch.ops.aten
@@ -52,20 +51,6 @@ class Gradient:
     node: Node
     e: Operand
     transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a product stands in the model, for names, rules and reports.
-
-    name: module path, with the parameter's name behind it where that is not `weight`. source: "file.py:12". modules: the classes around
-    it, outermost first. annotation: what `torch.fx.traceback.annotate` left on the node.
-    """
-
-    name: str
-    source: str
-    modules: tuple[type | str, ...] = ()
-    annotation: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -154,7 +139,8 @@ def _match_forward(
     weights = origin[left].parameters | origin[right].parameters
     if Kind.ACTIVATION not in kinds or not weights:
         return None
-    place = locate(node, weights, parameters)
+    indices = (dynamo_input_index(w) for w in weights)
+    place = locate(node, [parameters[i] for i in indices if i is not None])
 
     def unsupported(reason: str) -> Unsupported:
         return Unsupported(place, node, reason)
@@ -207,32 +193,3 @@ def _embedded_parameters(graph: Graph, origin: Mapping[Node, Origin]) -> set[Nod
         if node.op == "call_function" and node.target in (aten.embedding.default, aten._embedding_bag.default):
             found |= origin[node.args[0]].parameters
     return found
-
-
-# ---------------------------------------------------------------- names
-
-
-_PACKAGE = str(Path(__file__).parent.parent / "quartet_compile")
-_ROOT = re.compile(r"^[LG]\['[^']*'\]\.?")
-
-
-def locate(node: Node, weights: frozenset[Node], parameters: Mapping[int, str]) -> Place:
-    """Name, source line, enclosing classes and annotations of a product."""
-    stack = list((node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}).values())
-    # A forward that set_recipe put on a module shows up in the path.
-    path = _ROOT.sub("", stack[-1][0]).replace(".forward.__self__", "") if stack else ""
-    names = sorted(parameters[i] for w in weights if (i := dynamo_input_index(w)) is not None)
-    name = path
-    if len(names) == 1:
-        own = names[0].removeprefix(path + ".") if path else names[0]
-        if own != names[0] or not path:  # the parameter lives below the module that uses it
-            name = names[0].removesuffix(".weight") if own != "weight" else path
-    custom = node.meta.get("custom") or {}
-    return Place(name or "<function>", _source(node), tuple(entry[1] for entry in stack), dict(custom))
-
-
-def _source(node: Node) -> str:
-    """"file.py:12" of the innermost line of the model's own code, from the node's stack trace."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not f[0].startswith((f"{torch.__path__[0]}/nn/modules", _PACKAGE))] or frames
-    return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else ""

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from quartet_compile.passes.match import Place, Site, Unsupported
+from quartet_compile.passes.locate import Place
+from quartet_compile.passes.match import Site, Unsupported
 from quartet_compile.passes.recipe import Recipe
 
 SCOPE_KEY = "quartet.recipe"

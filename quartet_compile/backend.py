@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
+from quartet_compile.passes.locate import dotted
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
 from quartet_compile.passes.place import SCOPE_KEY
 
@@ -66,14 +67,10 @@ def parameter_names(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[int,
 
 
 def _dotted_name(placeholder: torch.fx.Node) -> str:
-    """ "layers.0.q.weight" for the source L['self']._modules['layers']._modules['0']._modules['q']._parameters['weight']."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    name = getattr(source, "name", None)
+    """The name that Dynamo's source gives an input, such as "layers.0.q.weight"; its own name where there is none."""
+    name = getattr(getattr(placeholder, "_dynamo_source", None), "name", None)
     text = name() if callable(name) else name  # a method up to 2.11, a property later
-    if not isinstance(text, str):
-        return str(placeholder.target)
-    parts = text.replace("']", "").replace("._modules['", ".").replace("._parameters['", ".").replace("['", ".")
-    return parts.split(".", 2)[-1] if parts.startswith(("L.", "G.")) and parts.count(".") > 1 else parts.split(".")[-1]
+    return dotted(text) or text if isinstance(text, str) else str(placeholder.target)
 
 
 class Decompositions(dict[Any, Callable[..., Any]]):

@@ -21,6 +21,7 @@ from quartet_compile.backend import Decompositions, active_scope, parameter_name
 from quartet_compile.kernels.format import GROUP, ceil_to
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
+from quartet_compile.passes.locate import ROOT_NAME
 from quartet_compile.passes.match import Operand, Site
 from quartet_compile.passes.pipeline import Result, run
 from quartet_compile.passes.place import Decision
@@ -102,7 +103,7 @@ class GraphCapture:
         unmatched = set.intersection(*globs) if globs else set()
         seen = {linear.name for graph in self.graphs for linear in graph.linears}
         modules = model.named_modules() if isinstance(model, nn.Module) else ()
-        missing = tuple(n for n, m in modules if isinstance(m, nn.Linear) and (n or "<function>") not in seen)
+        missing = tuple(n for n, m in modules if isinstance(m, nn.Linear) and (n or ROOT_NAME) not in seen)
         return Report(tuple(self.graphs), missing, tuple(sorted(unmatched)))
 
 

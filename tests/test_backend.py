@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import float64_recipe as independent
 import pytest
@@ -145,30 +145,30 @@ def test_autograd_keeps_packed_operands_only(variant: str) -> None:
 # ---------------------------------------------------------------- options
 
 
-def test_modes_and_options_reach_inductor() -> None:
-    x = torch.randn(16, 64, requires_grad=True)
-    for kwargs in (
+@pytest.mark.parametrize(
+    "kwargs",
+    [
         {"mode": "max-autotune-no-cudagraphs"},
         {"options": {"max_autotune": True, "quartet.recipe": "quartet2"}},
         {"options": {"quartet.mode": "max-autotune-no-cudagraphs", "epilogue_fusion": False}},
-    ):
-        seen = []
-        model = nn.Linear(64, 64)
-        with pytest.MonkeyPatch.context() as patch:
-            import torch._inductor.compile_fx as inductor
+    ],
+)
+def test_modes_and_options_reach_inductor(kwargs: dict[str, Any]) -> None:
+    class Witness(CustomGraphPass):
+        """Sees the settings that Inductor compiles with."""
 
-            original = inductor.compile_fx_inner
+        seen: ClassVar[list[bool]] = []
 
-            def watching(*args: Any, **kw: Any) -> Any:
-                seen.append(torch._inductor.config.max_autotune)
-                return original(*args, **kw)  # noqa: B023
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            self.seen.append(torch._inductor.config.max_autotune)
 
-            patch.setattr(inductor.compile_fx, "__kwdefaults__", None)
-            patch.setattr(inductor.compile_fx, "__defaults__", (watching, *inductor.compile_fx.__defaults__[1:]))
-            assert is_quantized(model, x, run_step(model, x, **kwargs))
-        assert seen
-        assert all(seen), kwargs
-        torch._dynamo.reset()
+        def uuid(self) -> str:
+            return "witness"
+
+    model, x = nn.Linear(64, 64), torch.randn(16, 64, requires_grad=True)
+    with torch._inductor.config.patch(joint_custom_pre_pass=Witness(), force_disable_caches=True):
+        assert is_quantized(model, x, run_step(model, x, **kwargs))
+    assert Witness.seen == [True]
 
 
 @pytest.mark.parametrize(

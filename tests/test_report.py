@@ -1,0 +1,154 @@
+"""`explain` and its report: complete, true to the graphs, and without traces."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import expecttest
+import torch
+from torch import Tensor, nn
+
+import quartet_compile as quartet
+
+
+class Attention(nn.Module):
+    def __init__(self, features: int = 64) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(features, features, bias=False) for _ in range(3))
+        self.mix = nn.Parameter(torch.randn(features, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)) @ self.mix
+
+
+class Model(nn.Module):
+    """A bit of everything: an embedding, shared inputs, a head, a small layer, a computed weight, a linear that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(80, 64)
+        self.layers = nn.ModuleList([Attention()])
+        self.norm = nn.BatchNorm1d(64)
+        self.scaled, self.small, self.unused = nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(64, 64)
+        self.lm_head = nn.Linear(64, 80, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.layers[0](self.embedding(tokens))
+        x = self.norm(x.flatten(0, 1))
+        x = nn.functional.dropout(x, 0.1) + self.small(x).sum()
+        return self.lm_head(nn.functional.linear(x, self.scaled.weight * 2))
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, 80, (4, 32))
+
+
+class TestText(expecttest.TestCase):
+    def test_the_printed_report(self) -> None:
+        report = quartet.explain(Model(), tokens(), options={"quartet.exclude": "x.*"})
+        text = re.sub(r"test_report\.py:\d+", "test_report.py:N", str(report))
+        self.assertExpectedInline(text, """\
+quartet: 4 of 7 linears in NVFP4, 1 graph(s)
+
+linear        source             T x I -> O      recipe    decided by  rewritten  input saved
+layers.0.q    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    32.0 KiB -> 4.5 KiB
+layers.0.k    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    shared
+layers.0.v    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    shared
+layers.0.mix  test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    32.0 KiB -> 4.5 KiB
+small         test_report.py:N  128 x 64 -> 8   bf16      default     -          32.0 KiB -> 32.0 KiB
+scaled        test_report.py:N                  bf16      default     -
+lm_head       test_report.py:N  128 x 64 -> 80  bf16      default     -          32.0 KiB -> 32.0 KiB
+  left: small: min(in, out) = 8 features, below 64 [default]
+  left: scaled: its weight is computed from parameters, not a parameter itself [unsupported]
+  left: lm_head: output head (named lm_head) [default]
+  not captured: unused was in no compiled graph
+  quartet.exclude: 'x.*' matches no linear
+
+kept for the backward pass: activations 304.5 KiB -> 249.5 KiB, packed weights 9.0 KiB""")
+
+
+def test_every_product_with_a_parameter_is_in_the_report() -> None:
+    """Independent count: parameters of two dimensions that are read by a product, found by running the model under a dispatch mode."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        products = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return func(*args, **(kwargs or {}))
+
+    model = Model()
+    with Count() as count, torch.no_grad():
+        model(tokens())
+    report = quartet.explain(model, tokens())
+    assert len(report.linears) == count.products == 7
+    assert report.not_captured == ("unused",)
+
+
+def test_totals_are_those_of_the_partitioned_graphs() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 128, bias=False)), torch.randn(32, 64)
+    report = quartet.explain(model, x.requires_grad_())
+    (linear,) = report.linears
+    assert linear.saved_before == 32 * 64 * 4
+    assert linear.saved_after == 32 * 64 * 9 // 16 + 4
+    assert linear.weight_bytes == report.weight_bytes == 128 * 64 * 9 // 16 + 4
+    assert report.saved_bytes_after == linear.saved_after
+    assert report.saved_bytes_before == 0, "x is an input of the graph: keeping it is free"
+
+    hidden = nn.Sequential(nn.Tanh(), nn.Linear(64, 128, bias=False))
+    report = quartet.explain(hidden, x)
+    # tanh keeps its own output for its backward pass, so the packed copy comes on top
+    assert report.saved_bytes_before == 32 * 64 * 4
+    assert report.saved_bytes_after == 32 * 64 * 4 + linear.saved_after
+
+
+def test_explain_leaves_no_trace() -> None:
+    model = Model()
+    compiled = torch.compile(model, backend="eager")
+    i = tokens()
+    compiled(i)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    quartet.explain(model, i)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()), "batch norm's statistics too"
+    assert all(p.grad is None for p in model.parameters())
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(i)
+        for _ in range(12):  # more than the recompile limit
+            with torch._dynamo.config.patch(error_on_recompile=False):
+                quartet.explain(model, i)
+        compiled(i)
+
+
+def test_to_dict_is_plain_data_and_graphs_are_written_as_readable_files(tmp_path: Path) -> None:
+    report = quartet.explain(Model(), tokens())
+    data = json.loads(json.dumps(report.to_dict()))
+    assert [linear["name"] for linear in data["graphs"][0]["linears"]][:3] == ["layers.0.q", "layers.0.k", "layers.0.v"]
+    assert data["saved_bytes_after"] == report.saved_bytes_after
+    paths = report.write_graphs(tmp_path / "graphs")
+    assert [p.name for p in paths] == ["graph0_forward.py", "graph0_backward.py"]
+    assert "torch.ops.quartet.quantize.default" in paths[0].read_text()
+    compile(paths[1].read_text(), str(paths[1]), "exec")
+
+
+def test_inference_has_forward_products_only() -> None:
+    with torch.no_grad():
+        report = quartet.explain(Model().eval(), tokens())
+    assert {linear.products for linear in report.linears} == {("y",), ()}
+    assert report.saved_bytes_before == report.saved_bytes_after == 0
+
+
+def test_explain_takes_functions_and_compiled_models() -> None:
+    model, i = Model(), tokens()
+
+    def loss(i: Tensor) -> Tensor:
+        return model(i).square().mean()
+
+    names = [linear.name for linear in quartet.explain(model, i).linears]
+    assert [linear.name for linear in quartet.explain(loss, i).linears] == names
+    assert [linear.name for linear in quartet.explain(torch.compile(model), i).linears] == names
