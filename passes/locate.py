@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch.fx import Node
 
-
 ROOT_NAME = "(root)"
 """Name of a linear that is compiled by itself."""
 
