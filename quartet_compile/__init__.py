@@ -4,8 +4,7 @@ Importing this package is needed only for what goes beyond that line: `recipe` a
 would be rewritten.
 """
 
-from quartet_compile.backend import quartet as backend
-from quartet_compile.explain import explain
+from quartet_compile.capture import explain
 from quartet_compile.marks import RecipeHandle, recipe, set_recipe
 from quartet_compile.passes.place import UnsupportedLinear
 from quartet_compile.passes.recipe import Cell, Product, Recipe
@@ -22,7 +21,6 @@ __all__ = [
     "RecipeHandle",
     "Report",
     "UnsupportedLinear",
-    "backend",
     "explain",
     "recipe",
     "set_recipe",

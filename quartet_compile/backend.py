@@ -7,6 +7,7 @@ in front of its own joint-graph passes. Nothing global is touched: all settings 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from quartet_compile.passes import compat
 from quartet_compile.passes.locate import dotted
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
 from quartet_compile.passes.place import SCOPE_KEY
+
+log = logging.getLogger("quartet_compile")
 
 PASS_FIELD = "joint_custom_pre_pass"
 
@@ -34,6 +37,8 @@ def quartet(
     ours, inductor_options = split_options(options)
     if mode is not None and ours.mode is not None:
         raise ValueError("give mode= or the option quartet.mode, not both")
+    for device in {x.device for x in example_inputs if isinstance(x, torch.Tensor)}:
+        tell_if_emulated(device)
     scope = active_scope()
     patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
@@ -87,6 +92,16 @@ class Decompositions(dict[Any, Callable[..., Any]]):
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Decompositions, ()
+
+
+@functools.cache
+def tell_if_emulated(device: torch.device) -> None:
+    """Say once, in one line, that a device has no FP4 tensor cores."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 10:
+        name = torch.cuda.get_device_name(device)
+        log.warning("%s has no FP4 tensor cores: NVFP4 is emulated, with the same numbers and no gain in speed", name)
+    if device.type == "cpu":
+        log.warning("on the CPU NVFP4 is emulated, with the same numbers and no gain in speed")
 
 
 # ---------------------------------------------------------------- contexts around a compiled call

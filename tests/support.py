@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from quartet_compile.explain import GraphCapture
+from quartet_compile.capture import GraphCapture
 from quartet_compile.kernels import cpu
 from quartet_compile.options import split_options
 

@@ -17,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import quartet_compile as quartet
+from quartet_compile import backend
 from quartet_compile.passes import pipeline
 
 
@@ -56,6 +57,25 @@ def test_the_backend_is_registered_and_nothing_else_is_at_the_top_level(tmp_path
         "assert importlib.util.find_spec('passes') is None and importlib.util.find_spec('kernels') is None"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_without_triton_everything_runs_on_the_cpu() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch; m = torch.nn.Linear(64, 64); x = torch.randn(8, 64)\n"
+        "torch.compile(m, backend='quartet')(x).sum().backward(); assert m.weight.grad.isfinite().all()\n"
+        "assert 'quartet_compile.kernels.triton_kernels' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_user_is_told_once_that_the_device_emulates(caplog: pytest.LogCaptureFixture) -> None:
+    backend.tell_if_emulated.cache_clear()
+    for _ in range(2):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(nn.Linear(64, 64), backend="quartet")(torch.randn(8, 64))
+    lines = [r.getMessage() for r in caplog.records if r.name == "quartet_compile" and r.levelname == "WARNING"]
+    assert lines == ["on the CPU NVFP4 is emulated, with the same numbers and no gain in speed"]
 
 
 # ---------------------------------------------------------------- training

@@ -12,7 +12,7 @@ import torch
 from support import capture
 from torch import Tensor, nn
 
-from quartet_compile.explain import GraphCapture
+from quartet_compile.capture import GraphCapture
 from quartet_compile.options import Options
 from quartet_compile.passes import pipeline, rewrite
 
