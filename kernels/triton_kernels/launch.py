@@ -1,0 +1,56 @@
+"""What a launch depends on besides its arguments: the GPU that the tensors are on, and options that every kernel here shares."""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+EXACT = {"enable_fp_fusion": False}
+"""Products and sums are rounded separately, as the reference rounds them; the default of Triton 3.6 contracts them."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """native: the GPU has FP4 tensor cores and conversions. permuted: rotate with permuted columns (`rotation`)."""
+
+    capability: int
+    native: bool
+    permuted: bool
+    processors: int
+
+
+def target_for(capability: int, processors: int) -> Target:
+    """The target of a compute capability, for example 90 for sm_90."""
+    # The permutation suits the accumulators of wgmma. Those of sm_100 hold a whole row in a thread anyway, and on sm_120 it spills.
+    return Target(capability, native=capability >= 100, permuted=capability < 100, processors=processors)
+
+
+INTERPRETER = Target(capability=0, native=False, permuted=True, processors=1)
+"""CPU tensors: only Triton's interpreter accepts them."""
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    return target_for(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def target_of(x: Tensor) -> Target:
+    """The GPU that x is on."""
+    return _cuda_target(x.device.index) if x.is_cuda else INTERPRETER
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def empty_packed(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for a packed matrix: codes [rows, columns/2], scales [rows, columns/16] and the tensor scale []."""
+    return (
+        torch.empty((rows, columns // 2), dtype=torch.uint8, device=like.device),
+        torch.empty((rows, columns // 16), dtype=torch.float8_e4m3fn, device=like.device),
+        torch.empty((), dtype=torch.float32, device=like.device),
+    )

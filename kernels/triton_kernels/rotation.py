@@ -1,0 +1,64 @@
+"""The randomized Hadamard transform of 128 elements as one tensor-core product with a matrix of +1 and -1.
+
+The products are exact and the tensor cores add in float32, so only the order of the additions differs from the reference's butterflies.
+A float32 operand is cut into three bfloat16 numbers of eight significant bits each, which together are exactly it (down to 2^-110; below,
+bfloat16 ends first): three products instead of one, where a float32 product without TF32 would run outside the tensor cores and spill.
+The matrix is made in registers, about six integer instructions an entry, once for all tiles of a program: nothing is read, no second
+kernel has to write it, and no tensor has to be kept between calls.
+
+PERMUTED: on Hopper a thread holds the accumulator columns 8j + 2c and 8j + 2c + 1 for one c and all j. The columns of the matrix are
+therefore permuted so that they are the logical columns 32c + 2j and 32c + 2j + 1: each thread then owns whole groups of 16.
+"""
+
+import triton
+import triton.language as tl
+
+from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, bits_of, from_bits, to_float32
+from quartet_compile.kernels.triton_kernels.random import rotation_sign_bits
+
+
+@triton.jit
+def signed_hadamard(seed, DTYPE: tl.constexpr, PERMUTED: tl.constexpr):
+    """[128, 128] such that x @ it is ``H (signs * x)``: entry (i, n) is the sign of i times (-1)^popcount(i & n).
+
+    In the dtype of x, bfloat16 for float32.
+    """
+    i = tl.arange(0, 128)
+    n = tl.arange(0, 128)
+    if PERMUTED:
+        n = ((n >> 1) & 3) * 32 + (n >> 3) * 2 + (n & 1)
+    common = i[:, None] & n[None, :]
+    common ^= common >> 4
+    parity = 0x6996 >> (common & 15)  # bit k of 0x6996 is the parity of k
+    odd = (parity ^ rotation_sign_bits(seed, i)[:, None]) & 1
+    ENTRY: tl.constexpr = tl.float16 if DTYPE is tl.float16 else tl.bfloat16
+    return (1 - 2 * odd).to(tl.float32).to(ENTRY)
+
+
+@triton.jit
+def _dot(x, hadamard, total=None):
+    return tl.dot(to_float32(x), to_float32(hadamard), total) if INTERPRET else tl.dot(x, hadamard, total)
+
+
+@triton.jit
+def _upper_half(x):
+    """The upper 16 bits of a float32: its first eight significant bits. Not the nearest bfloat16, which may be infinite."""
+    return from_bits(bits_of(x) & -65536)
+
+
+@triton.jit
+def rotate(x, hadamard, PERMUTED: tl.constexpr):
+    """x [rows, 128] -> float32 [rows, 8, 16], the rotated groups."""
+    rows: tl.constexpr = x.shape[0]
+    if x.dtype == tl.float32:
+        high = _upper_half(x)
+        middle = _upper_half(x - high)
+        low = x - high - middle
+        y = _dot(low.to(tl.bfloat16), hadamard)
+        y = _dot(middle.to(tl.bfloat16), hadamard, y)
+        y = _dot(high.to(tl.bfloat16), hadamard, y)
+    else:
+        y = _dot(x, hadamard)
+    if PERMUTED:
+        y = y.reshape(rows, 16, 4, 2).permute(0, 2, 1, 3)
+    return y.reshape(rows, 8, 16)

@@ -1,0 +1,192 @@
+"""Every Triton kernel compiles for every GPU that we name, without one at hand, into the instructions that it was written for.
+
+Arguments are typed and specialized as a launch with a matrix of 16-byte aligned rows would have them; tiles and options are those of the
+launchers. "Stack" is what ptxas reserves for a thread in local memory: spilled registers, mostly.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import warnings
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from quartet_compile.kernels.triton_kernels import backward, dequantize, forward, ms_eden, native_matmul  # noqa: E402
+from quartet_compile.kernels.triton_kernels.launch import EXACT, target_for  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+
+CAPABILITIES = (80, 89, 90, 100, 103, 120)
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
+"""Bytes that a program may have (CUDA C++ programming guide, table of technical specifications)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, its typed arguments (a trailing "!" means divisible by 16), its constants and its launch options."""
+
+    kernel: object
+    types: dict[str, str]
+    constants: dict[str, object]
+    options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
+
+
+def cases(capability: int, dtype: str) -> dict[str, Case]:
+    target = target_for(capability, processors=1)
+    forms = {"NATIVE": target.native}
+    rounding = {
+        "x": f"*{dtype}", "peak_bits": "*i32", "codes": "*u8", "scales": "*u8", "out_tensor_scale": "*fp32",
+        "groups": "i32!", "columns": "i32!", "groups_per_row": "i32!",
+    }  # fmt: skip
+    operand = {
+        "codes": "*u8", "provisional": "*fp32", "peak_bits": "*i32", "seeds": "*i64", "index": "i32", "rank": "i32",
+        "columns": "i32!", "blocks": "i32", "tiles": "i32",
+    }  # fmt: skip
+    tile_rows, tile_options = backward.gradient_tile(capability, TORCH_DTYPES[dtype])
+    gradient = {"ROWS": tile_rows, "PERMUTED": target.permuted, **forms}
+    saved_columns, saved_options = backward.SAVED_TILE
+    found = {
+        "largest_magnitude": Case(
+            forward.largest_magnitude_kernel, {"x": f"*{dtype}", "peak_bits": "*i32", "elements": "i32!"}, {"BLOCK": 2048, "STEPS": 8}
+        ),
+        "four_over_six": Case(
+            forward.round_groups_kernel, rounding, {"CEILING": 256.0, "FOUR": True, "RAGGED": False, "BLOCK": 128, **forms}
+        ),
+        "four_over_six_ragged": Case(
+            forward.round_groups_kernel,
+            {**rounding, "columns": "i32"},
+            {"CEILING": 256.0, "FOUR": True, "RAGGED": True, "BLOCK": 128, **forms},
+        ),
+        "gradient": Case(
+            backward.gradient_kernel,
+            {**operand, "x": f"*{dtype}", "rows": "i32!", "row_stride": "i32!"},
+            {"column_stride": 1, **gradient},
+            tile_options,
+        ),
+        "gradient_transposed": Case(
+            backward.gradient_kernel,
+            {**operand, "x": f"*{dtype}", "rows": "i32!", "column_stride": "i32!"},
+            {"row_stride": 1, **gradient},
+            tile_options,
+        ),
+        "saved": Case(
+            backward.saved_kernel,
+            {**operand, "saved_codes": "*u8", "saved_scales": "*u8", "length": "i32!", "groups_per_row": "i32!"},
+            {"COLUMNS": saved_columns, "PERMUTED": target.permuted, **forms},
+            saved_options,
+        ),
+        "align_scales": Case(
+            ms_eden.align_scales_kernel,
+            {
+                **{name: operand[name] for name in ("provisional", "peak_bits", "codes", "seeds", "index", "rank")},
+                "incoming": "*fp32", "scales": "*u8", "out_tensor_scale": "*fp32", "groups": "i32!", "groups_per_row": "i32",
+            },
+            {"STREAM": 2, "INCOMING": True, "BLOCK": 512},
+        ),
+        "dequantize": Case(
+            dequantize.dequantize_kernel,
+            {
+                "codes": "*u8", "scales": "*u8", "a_scale": "*fp32", "b_scale": "*fp32",
+                "scale_exponent": "i32", "out": "*bf16", "groups": "i32!",
+            },
+            {"SECOND": True, "BLOCK": 128},
+        ),
+    }
+    if target.native:
+        tile = native_matmul.product_tile(capability)
+        packed = {"codes": "*u8", "scales": "*fp8e4nv", "tensor_scale": "*fp32"}
+        operands = {f"{side}_{part}": kind for side in "ab" for part, kind in packed.items()}
+        found["native_matmul"] = Case(
+            native_matmul.native_matmul_kernel,
+            {**operands, "bias": f"*{dtype}", "out": f"*{dtype}", "scale": "fp32", "M": "i32!", "N": "i32!", "groups": "i32!"},
+            {"HAS_BIAS": True, "BAND": 8, **{k: v for k, v in tile.items() if k.startswith("BLOCK")}},
+            {k: v for k, v in tile.items() if not k.startswith("BLOCK")},
+        )
+    return found
+
+
+def compiled(case: Case, capability: int):
+    names = case.kernel.arg_names
+    assert {*case.types, *case.constants} == {*names}
+    signature = {name: case.types.get(name, "constexpr").removesuffix("!") for name in names}
+    divisible = [i for i, name in enumerate(names) if signature[name].startswith("*") or case.types.get(name, "").endswith("!")]
+    source = ASTSource(case.kernel, signature, case.constants, {(i,): [["tt.divisibility", 16]] for i in divisible})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**case.options, **EXACT})
+
+
+def stack_bytes(binary, folder) -> int | None:
+    """Local memory of a thread, or None where this Triton's cuobjdump cannot tell."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    listing = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True)
+    found = re.search(r"STACK:(\d+)", listing.stdout + listing.stderr)
+    return int(found.group(1)) if found else None
+
+
+ONCE = ("align_scales", "dequantize", "saved")
+"""Kernels that do not depend on the dtype of the operand."""
+
+ALL = [(c, d, name) for c in CAPABILITIES for d in TORCH_DTYPES for name in cases(c, d) if d == "bf16" or name not in ONCE]
+FAST = [(c, d, name) for c, d, name in ALL if d == "bf16" and (c in (90, 100) or (c == 120 and name in ("four_over_six", "native_matmul")))]
+SELECTED = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(map(str, case))) for case in ALL]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "name"), SELECTED)
+def test_kernel_compiles(capability, dtype, name, tmp_path):
+    binary = compiled(cases(capability, dtype)[name], capability)
+    assert binary.metadata.shared <= SHARED_MEMORY[capability]
+    stack = stack_bytes(binary, tmp_path)
+    if stack is None:
+        warnings.warn("cuobjdump of this Triton cannot read the binary: spills not checked", stacklevel=1)
+    else:
+        assert stack == 0, f"{stack} bytes of stack a thread"
+    ptx = binary.asm["ptx"]
+    # Exactness: subnormal numbers stay, divisions are IEEE ones, products and sums are rounded separately.
+    assert ".ftz" not in ptx
+    assert "div.full" not in ptx
+    assert "rcp.approx" not in ptx
+    assert "fma.rn.f32" not in ptx
+    native = target_for(capability, 1).native
+    if name in ("four_over_six", "four_over_six_ragged", "gradient", "gradient_transposed", "saved"):
+        assert ("cvt.rn.satfinite.e2m1x2.f32" in ptx) == native
+    if name in ("gradient", "gradient_transposed", "saved"):
+        assert {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma", 12: "mma.sync"}[capability // 10] in ptx
+    if name == "four_over_six":
+        assert "shfl" not in ptx  # a thread owns its group
+    if name == "native_matmul":
+        product = "tcgen05.mma" if capability < 120 else "mma.sync"
+        assert re.search(rf"{re.escape(product)}\S*kind::mxf4nvf4", ptx)
+
+
+NOT_SPECIALIZED = ("index", "rank", "scale_exponent")
+"""Arguments of which a launch makes no constants: they differ from call to call."""
+
+
+def with_integers(case: Case, kind: str | int) -> Case:
+    """The case with its other integers of one type, or all the constant 1, as Triton has them where an argument is 1."""
+    integers = [name for name, type_ in case.types.items() if type_.startswith("i") and name not in NOT_SPECIALIZED]
+    if isinstance(kind, str):
+        return replace(case, types={**case.types, **dict.fromkeys(integers, kind)})
+    types = {name: type_ for name, type_ in case.types.items() if name not in integers}
+    return replace(case, types=types, constants={**case.constants, **dict.fromkeys(integers, kind)})
+
+
+@pytest.mark.parametrize("name", cases(100, "bf16"))
+@pytest.mark.parametrize("integers", [1, "i64"], ids=["a_matrix_of_one_number", "64_bit_sizes"])
+def test_kernel_compiles_for_other_sizes(name, integers):
+    compiled(with_integers(cases(100, "bf16")[name], integers), 100)
+
+
+def test_only_blackwell_has_the_native_product():
+    assert [c for c in CAPABILITIES if "native_matmul" in cases(c, "bf16")] == [100, 103, 120]
