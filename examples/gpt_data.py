@@ -1,7 +1,7 @@
 """Text for a small language model: which files to read, how to turn them into tokens, and which batch belongs to which step.
 
-Everything here is a function of the files and the seed. Batch 17 of seed 0 is the same whether a run starts there, passes through or resumes, so two
-recipes can be compared on exactly the same batches.
+Everything here is a function of the files and the seed. Batch 17 of seed 0 is the same whether a run starts there, passes through or
+resumes, so two recipes can be compared on exactly the same batches.
 """
 
 import hashlib
@@ -113,7 +113,10 @@ def bpe_tokens(train: bytes, validation: bytes, vocab: int, cache: Path) -> tupl
 
 
 def load_corpus(files: list[Path] | None, *, vocab: int, context: int, cache: Path) -> Corpus:
-    """Read and tokenize: the standard library, or `files` if given. 256 entries of vocabulary mean bytes, more a BPE tokenizer kept at `cache`."""
+    """Read and tokenize the standard library, or `files` if given.
+
+    A vocabulary of 256 means bytes; a larger one means a BPE tokenizer, kept at `cache`.
+    """
     if files:
         train, validation = split_files(files)
         source = ", ".join(str(path) for path in files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
@@ -125,9 +128,10 @@ def load_corpus(files: list[Path] | None, *, vocab: int, context: int, cache: Pa
     else:
         parts = list(bpe_tokens(train, validation, vocab, cache))
     for part, name in zip(parts, ("training", "validation"), strict=True):
-        if len(part) < 4 * (context + 1):
+        needed = 4 * (context + 1)
+        if len(part) < needed:
             raise DataError(
-                f"{source} is too little text: {len(part):,} tokens for {name}, and sequences of {context} need at least {4 * (context + 1):,}. "
+                f"{source} is too little text: {len(part):,} tokens for {name}, and sequences of {context} need at least {needed:,}. "
                 "Name more or longer files, or a preset with a shorter context."
             )
     fingerprint = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]

@@ -1,7 +1,7 @@
 """A small GPT in plain PyTorch: a decoder-only transformer as most language models are built today.
 
-Nothing in this file knows about 4-bit training. The model is ordinary `nn.Module`s and `nn.Linear`s; `train_gpt.py` decides with one argument of
-`torch.compile` how its matrix products are computed.
+Nothing in this file knows about 4-bit training. The model is ordinary `nn.Module`s and `nn.Linear`s; one argument of `torch.compile`
+decides how its matrix products are computed.
 """
 
 from dataclasses import dataclass

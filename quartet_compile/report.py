@@ -76,16 +76,21 @@ class Report:
         return sum(g.activations_after for g in self.graphs)
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of packed weights that the rewritten graphs keep on top of the parameters."""
-        return sum(g.weights_after - g.weights_before for g in self.graphs)
+    def weight_bytes_before(self) -> int:
+        """Bytes of tensors made from parameters, such as their casts under autocast, that the unchanged graphs keep beside them."""
+        return sum(g.weights_before for g in self.graphs)
+
+    @property
+    def weight_bytes_after(self) -> int:
+        """The same for the rewritten graphs: mostly packed weights."""
+        return sum(g.weights_after for g in self.graphs)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the source of the graphs, as plain data."""
         data = dataclasses.asdict(self)
         for graph in data["graphs"]:
             del graph["forward"], graph["backward"]
-        totals = ("saved_bytes_before", "saved_bytes_after", "weight_bytes")
+        totals = ("saved_bytes_before", "saved_bytes_after", "weight_bytes_before", "weight_bytes_after")
         return data | {name: getattr(self, name) for name in totals}
 
     def write_graphs(self, folder: str | Path) -> list[Path]:
@@ -114,7 +119,7 @@ class Report:
         lines.append("")
         lines.append(
             f"kept for the backward pass: activations {_bytes(self.saved_bytes_before)} -> {_bytes(self.saved_bytes_after)}, "
-            f"packed weights {_bytes(self.weight_bytes)}"
+            f"weights beside the parameters {_bytes(self.weight_bytes_before)} -> {_bytes(self.weight_bytes_after)}"
         )
         return "\n".join(lines)
 
