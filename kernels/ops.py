@@ -74,6 +74,11 @@ def _check_packed(op: str, codes: Tensor, scales: Tensor, tensor_scale: Tensor) 
         )
 
 
+def _check_columns(codes: Tensor, columns: int) -> None:
+    if ceil_to(columns, GROUP) != codes.shape[1] * 2:
+        raise ValueError(f"quartet.requantize: {codes.shape[1] * 2} packed columns are not {columns} real ones and their padding")
+
+
 def _check_product(a_codes: Tensor, b_codes: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
     if a_codes.shape[1] != b_codes.shape[1]:
         raise ValueError(f"quartet.matmul: the operands contract over {a_codes.shape[1] * 2} and {b_codes.shape[1] * 2} elements")
@@ -114,6 +119,7 @@ def _requantize_fake(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_packed("requantize", codes, scales, tensor_scale)
+    _check_columns(codes, columns)
     _check_rule("requantize", rule, BACKWARD_RULES)
     return _packed_like(codes, columns, ceil_to(codes.shape[0], ROTATION))
 
@@ -167,6 +173,7 @@ def _register(device: str) -> None:
         codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
     ) -> tuple[Tensor, Tensor, Tensor]:
         _check_packed("requantize", codes, scales, tensor_scale)
+        _check_columns(codes, columns)
         _check_rule("requantize", rule, BACKWARD_RULES)
         return _implementation(device).requantize(codes, scales, tensor_scale, columns, seeds, index, rule, _rank())
 

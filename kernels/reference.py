@@ -239,7 +239,7 @@ def rotate(x: Tensor, signs: Tensor) -> Tensor:
         a, b = pairs[:, :, :, 0], pairs[:, :, :, 1]
         y = torch.stack((a + b, a - b), dim=3).flatten(2)
         distance *= 2
-    return y.flatten(1)
+    return y.flatten(1) + 0.0  # butterflies can give -0 where a sum of products gives +0
 
 
 def ms_eden(rotated: Tensor, uniforms: Tensor, *, form: str = "posthoc", tensor_scale: str | None = None) -> Quantized:

@@ -29,6 +29,11 @@ SEEDS = torch.tensor([1, 2, 3])
             TypeError,
             "codes uint8, scales float8_e4m3fn and tensor_scale float32",
         ),
+        (
+            lambda: quartet.requantize(*(packed(16, 32)), 16, SEEDS, 0, "ms_eden"),
+            ValueError,
+            "32 packed columns are not 16 real ones",
+        ),
     ],
 )
 def test_bad_operands_are_refused_with_a_reason(call: Any, error: type[Exception], message: str, fake: bool) -> None:
