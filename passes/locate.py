@@ -1,11 +1,11 @@
-"""Where a product stands in the model: its name, source line, enclosing classes and annotations, read from node metadata."""
+"""Where a product stands in the model: its name, source line and annotations, read from node metadata."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch.fx import Node
@@ -18,13 +18,12 @@ ROOT_NAME = "(root)"
 class Place:
     """A product's place, for names, rules and reports.
 
-    name: module path, with the parameter's name behind it where that is not `weight`. source: "file.py:12". modules: the classes around
-    it, outermost first. annotation: what `torch.fx.traceback.annotate` left on the node.
+    name: module path, with the parameter's name behind it where that is not `weight`. source: "file.py:12". annotation: what
+    `torch.fx.traceback.annotate` left on the node.
     """
 
     name: str
     source: str
-    modules: tuple[type | str, ...] = ()
     annotation: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -32,13 +31,18 @@ def locate(node: Node, weights: Sequence[str]) -> Place:
     """The place of a product that reads the parameters named `weights`."""
     stack = list((node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}).values())
     path = dotted(stack[-1][0]) if stack else ""
-    return Place(
-        _name(path, weights) or ROOT_NAME, _source(node), tuple(entry[1] for entry in stack), dict(node.meta.get("custom") or {})
-    )
+    return Place(_name(path, weights) or ROOT_NAME, _source(node), dict(node.meta.get("custom") or {}))
 
 
-_ROOT = re.compile(r"^[LG]\['[^']*'\]((\.__closure__\[\d+\])?\.cell_contents)*")
-_STEPS = ((".forward.__self__", ""), ("._modules['", "."), ("._parameters['", "."), ("['", "."), ("']", ""), ("[", "."), ("]", ""))
+_WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+"""Modules that torch puts around a user's; their names are no part of a path."""
+
+_ROOT = re.compile(r"^([LG]\['args'\]\[0\]|[LG]\['[^']*'\])((\.__closure__\[\d+\])?\.cell_contents)*")
+_STEPS = (
+    (".forward.__self__", ""), (".__dict__['_modules']['", "."),
+    ("._modules['", "."), ("._parameters['", "."), ("['", "."), ("']", ""), ("[", "."), ("]", ""),
+    *((f".{wrapper}", "") for wrapper in _WRAPPERS),
+)  # fmt: skip
 
 
 def dotted(path: str) -> str:
@@ -63,11 +67,11 @@ def _name(path: str, weights: Sequence[str]) -> str:
     return weight if below != "weight" and not below.endswith(".weight") else weight.removesuffix("weight").rstrip(".")
 
 
-_NOT_THE_USERS = (f"{torch.__path__[0]}/nn/modules", str(Path(__file__).parent.parent / "quartet_compile"))
+_NOT_THE_USERS = (f"{torch.__path__[0]}/nn/modules", *sys.modules[__name__.partition(".")[0]].__path__)
 
 
 def _source(node: Node) -> str:
     """"file.py:12": the innermost line of the model's own code in the node's stack trace."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    own = [f for f in frames if not f[0].startswith(_NOT_THE_USERS)] or frames
+    own = [f for f in frames if not f[0].startswith(_NOT_THE_USERS)]
     return f"{own[-1][0].rsplit('/', 1)[-1]}:{own[-1][1]}" if own else ""

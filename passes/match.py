@@ -46,7 +46,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class Gradient:
-    """A backward product of a linear: the node, its gradient operand, and whether it holds the transposed result ([I, O] for dW)."""
+    """A backward product of a linear: the node, its gradient operand, and whether it holds the transposed result ([I, O] for dW,
+    [I, T] for dX)."""
 
     node: Node
     e: Operand
@@ -88,22 +89,31 @@ def match(graph: Graph, parameters: Mapping[int, str]) -> list[Site | Unsupporte
     """Every linear of the graph in its order. `parameters`: index of a Dynamo input -> parameter name. Changes nothing."""
     origin = origins(graph, parameters)
     embedded = _embedded_parameters(graph, origin)
-    backward: dict[int, list[Node]] = {}
+    backward = backward_nodes(graph)
+    gradients: dict[int, list[Node]] = {}
     for node in graph.nodes:
-        if node.target in PRODUCTS and is_backward(node):
-            backward.setdefault(node.meta.get("seq_nr", -1), []).append(node)
+        if node.target in PRODUCTS and node in backward:
+            gradients.setdefault(node.meta.get("seq_nr", -1), []).append(node)
     found: list[Site | Unsupported] = []
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in PRODUCTS and not is_backward(node):
-            linear = _match_forward(node, origin, parameters, backward.get(node.meta.get("seq_nr", -1), []), embedded)
+        if node.op == "call_function" and node.target in PRODUCTS and node not in backward:
+            # A product without gradients has the number of the differentiable one before it, so the first one owns what carries it.
+            linear = _match_forward(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), embedded)
             if linear is not None:
                 found.append(linear)
     return found
 
 
-def is_backward(node: Node) -> bool:
-    """True for nodes of the backward pass; inference graphs carry no tag and are all forward."""
-    return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+def backward_nodes(graph: Graph) -> set[Node]:
+    """The nodes of the backward pass: tagged so, or computed from a gradient (a user's autograd.Function leaves its nodes untagged)."""
+    found: set[Node] = set()
+    for node in graph.nodes:
+        tagged = node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
+        incoming = node.op == "placeholder" and type(node.meta.get("desc")).__name__ == "TangentAOTInput"
+        if tagged or incoming or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    found.discard(graph.find_nodes(op="output")[0])
+    return found
 
 
 def operand(node: Node) -> Operand:
@@ -133,11 +143,11 @@ def _shape(o: Operand) -> tuple[int | torch.SymInt, int | torch.SymInt]:
 def _match_forward(
     node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, str], gradients: list[Node], embedded: set[Node]
 ) -> Site | Unsupported | None:
-    """A site, a reason why not, or None for a product that has no parameter or no activation in it."""
+    """A site, a reason why not, or None for a product that no parameter enters as a weight."""
     bias, left, right = _arguments(node)
     kinds = origin[left].kind, origin[right].kind
     weights = origin[left].parameters | origin[right].parameters
-    if Kind.ACTIVATION not in kinds or not weights:
+    if not weights or (Kind.ACTIVATION not in kinds and kinds[1] is not Kind.PARAMETER):
         return None
     indices = (dynamo_input_index(w) for w in weights)
     place = locate(node, [parameters[i] for i in indices if i is not None])
@@ -145,6 +155,8 @@ def _match_forward(
     def unsupported(reason: str) -> Unsupported:
         return Unsupported(place, node, reason)
 
+    if Kind.ACTIVATION not in kinds:
+        return unsupported("its input is made of parameters or constants, not an activation")
     if Kind.COMPUTED in kinds:
         return unsupported("its weight is computed from parameters, not a parameter itself")
     if node.target not in (aten.mm.default, aten.addmm.default):
@@ -170,6 +182,8 @@ def _match_backward(site: Site, gradients: list[Node]) -> Site | Unsupported:
         plain = bias is None and node.target is aten.mm.default
         if plain and right == site.w and dgrad is None:
             dgrad = Gradient(node, left)
+        elif plain and left == site.w.t and dgrad is None:  # of an x that is stored transposed
+            dgrad = Gradient(node, right.t, transposed=True)
         elif plain and right == site.x and wgrad is None:
             wgrad = Gradient(node, left)
         elif plain and left == site.x.t and wgrad is None:

@@ -16,7 +16,7 @@ from torch.fx import Graph, GraphModule
 
 from quartet_compile import kernels
 from quartet_compile.passes.match import Site, match
-from quartet_compile.passes.place import CLASS_ATTRIBUTE, Decision, Policy, place, unmatched_globs
+from quartet_compile.passes.place import Decision, Policy, place, unmatched_globs
 from quartet_compile.passes.rewrite import rewrite
 from quartet_compile.passes.share import share
 
@@ -82,11 +82,11 @@ def source_hash() -> str:
 
 
 def fingerprint(gm: GraphModule) -> str:
-    """A hash over the metadata that decisions depend on (module paths, classes, annotations), which torch leaves out of its cache keys."""
+    """A hash over the metadata that decisions depend on (module paths, annotations), which torch leaves out of its cache keys."""
     digest = hashlib.sha256()
     for module in gm.modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                stack = [(path, getattr(cls, CLASS_ATTRIBUTE, None)) for path, cls in (node.meta.get("nn_module_stack") or {}).values()]
-                digest.update(repr((node.name, stack, node.meta.get("custom"))).encode())
+                paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+                digest.update(repr((node.name, paths, node.meta.get("custom"))).encode())
     return digest.hexdigest()

@@ -17,8 +17,6 @@ from quartet_compile.passes.recipe import Recipe
 
 SCOPE_KEY = "quartet.recipe"
 """Annotation left by a decorator or context."""
-CLASS_ATTRIBUTE = "_quartet_recipe"
-"""Left on a decorated class: it is found where a graph break has lost the annotation."""
 MODULE_KEY = "quartet.set_recipe"
 """Annotation left by set_recipe."""
 
@@ -74,11 +72,17 @@ def place(linears: Sequence[Site | Unsupported], policy: Policy) -> list[Decisio
     return decisions
 
 
+def covers(glob: str, name: str) -> bool:
+    """True if a glob matches a linear's name, or that of a module it is in: "layers.0" covers "layers.0.q"."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:n]), glob) for n in range(1, len(parts) + 1))
+
+
 def unmatched_globs(linears: Sequence[Site | Unsupported], policy: Policy) -> list[tuple[str, str]]:
     """(option, glob) for each glob of the options that matches no linear of this graph."""
     names = [linear.place.name for linear in linears]
     options = (("quartet.include", policy.include), ("quartet.exclude", policy.exclude))
-    return [(option, glob) for option, globs in options for glob in globs if not any(fnmatchcase(n, glob) for n in names)]
+    return [(option, glob) for option, globs in options for glob in globs if not any(covers(glob, n) for n in names)]
 
 
 def lookup(recipes: Mapping[str, Recipe], name: object, where: str) -> Recipe:
@@ -105,18 +109,15 @@ def _requested(at: Place, policy: Policy) -> tuple[object, str]:
     """(recipe name, who asked for it), by the strongest rule that speaks of a place."""
     if SCOPE_KEY in at.annotation:
         return at.annotation[SCOPE_KEY], "decorator or context"
-    for module in reversed(at.modules):
-        if (name := getattr(module, CLASS_ATTRIBUTE, None)) is not None:
-            return name, f"decorator on {getattr(module, '__name__', module)}"
     if policy.scope is not None:
         return policy.scope, "context around the call"
     if MODULE_KEY in at.annotation:
         return at.annotation[MODULE_KEY], "set_recipe"
     for glob in policy.exclude:
-        if fnmatchcase(at.name, glob):
+        if covers(glob, at.name):
             return "bf16", f"quartet.exclude {glob!r}"
     for glob in policy.include:
-        if fnmatchcase(at.name, glob):
+        if covers(glob, at.name):
             return policy.default, f"quartet.include {glob!r}"
     return policy.default, "default"
 

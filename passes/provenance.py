@@ -20,7 +20,7 @@ LAYOUT_OPS = {
     aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.t.default, aten.transpose.int,
     aten.alias.default, aten.detach.default, aten.clone.default, aten.expand.default, aten.slice.Tensor, aten.as_strided.default,
     aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.select.int, aten.cat.default,
-    aten.split.Tensor, aten.split_with_sizes.default, aten._to_copy.default, torch.ops.prims.convert_element_type.default,
+    aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, aten._to_copy.default, torch.ops.prims.convert_element_type.default,
     operator.getitem,
 }  # fmt: skip
 """Operators that move or cast a tensor without computing on it."""
@@ -63,7 +63,8 @@ def origins(graph: Graph, parameters: Mapping[int, str]) -> dict[Node, Origin]:
             is_parameter = dynamo_input_index(node) in parameters
             found[node] = Origin(Kind.PARAMETER, frozenset([node])) if is_parameter else Origin(Kind.ACTIVATION)
         elif node.op == "call_function":
-            found[node] = _combine(node, [found[n] for n in node.all_input_nodes])
+            tensors = [n for n in node.all_input_nodes if not isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool))]
+            found[node] = _combine(node, [found[n] for n in tensors])
         else:
             found[node] = Origin(Kind.CONSTANT)
     return found

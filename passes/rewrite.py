@@ -65,6 +65,9 @@ def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
     except BaseException:
         writer.undo()
         raise
+    if len({old for old, _ in replacements}) < len(replacements):
+        writer.undo()
+        raise AssertionError("two linears claim one product")
     for old, new in replacements:
         old.replace_all_uses_with(new)
         graph.erase_node(old)

@@ -113,18 +113,19 @@ def active_scope() -> str | None:
 
 
 def only_in_scope(compiled: Callable[..., Any], scope: str | None) -> Callable[..., Any]:
-    """`compiled`, refusing to run under another recipe context than the one it was compiled under.
+    """`compiled`, refusing to run in another scope than the one it was compiled in.
 
-    torch does not guard on contexts that eager code enters, so without this a graph would silently keep the recipe of its first call.
+    `quartet.recipe` makes Dynamo guard on its scopes, so that this does not happen; but where a decorated function breaks the graph in a
+    function that it calls, Dynamo itself enters the annotation, without our guard. Better an error than the recipe of the first call.
     """
 
     @functools.wraps(compiled)
     def checked(*args: Any) -> Any:
         if active_scope() != scope:
             raise RuntimeError(
-                f"this graph was compiled under {_describe(scope)} and is now called under {_describe(active_scope())}. A context entered "
-                "in eager code around a compiled call cannot be switched: enter it inside the compiled function, decorate the function, or "
-                "use quartet.set_recipe(model, ...)."
+                f"this graph was compiled under {_describe(scope)} and is now called under {_describe(active_scope())}: a function that "
+                "both share breaks the graph, and torch does not guard on the recipe there. Use quartet.set_recipe on the modules instead "
+                "of the decorator, or remove the graph break (TORCH_LOGS=graph_breaks shows it)."
             )
         return compiled(*args)
 

@@ -7,7 +7,8 @@ instead of Inductor. Caches are neither read nor written, so the report never de
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 
-from quartet_compile.backend import Decompositions, active_scope, parameter_names
+from quartet_compile.backend import Decompositions, active_scope, only_in_scope, parameter_names
 from quartet_compile.kernels.format import GROUP, ceil_to
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
@@ -36,22 +37,42 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     state and earlier compilations are left as they were. Raises what the compilation would raise: ValueError for unknown options and
     recipes, an error for an unsupported linear under quartet.strict.
     """
-    ours, _ = split_options(options)
+    ours, others = split_options(options)
+    compat.inductor_settings(ours.mode, others)  # for its checks
     collector = GraphCapture(ours)
     model = getattr(model, "_orig_mod", model)
-    buffers = {name: b.clone() for name, b in model.named_buffers()} if isinstance(model, nn.Module) else {}
-    fresh = _fresh_callable(model)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.compile(fresh, backend=collector, **compat.fresh_compile_options())(*args, **kwargs)
-    if isinstance(model, nn.Module):
-        with torch.no_grad():
-            for name, b in model.named_buffers():
-                b.copy_(buffers[name])
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _buffers_restored(model):
+        torch.compile(_fresh_callable(model), backend=collector, **compat.fresh_compile_options())(*args, **kwargs)
     return collector.report(model)
 
 
+@contextmanager
+def _buffers_restored(model: Any) -> Iterator[None]:
+    """Give a module's buffers back the tensors and values that they had, also if the model raises."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    tensors = [dict(module._buffers) for module in modules]
+    lazy = torch.nn.parameter.is_lazy
+    values = [{n: b.clone() for n, b in own.items() if b is not None and not lazy(b)} for own in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, own, before in zip(modules, tensors, values, strict=True):
+                module._buffers.clear()
+                module._buffers.update(own)
+                for name, value in before.items():
+                    own[name].copy_(value)  # type: ignore[union-attr]
+
+
 def _fresh_callable(model: Callable[..., Any]) -> Callable[..., Any]:
-    """A function with a code object of its own, so that what Dynamo remembers of this capture is forgotten with it."""
+    """The same callable with a code object of its own, so that what Dynamo remembers of this capture is forgotten with it.
+
+    A function is copied, because a frame around it would add to the names of its linears.
+    """
+    if isinstance(model, types.FunctionType):
+        copy = types.FunctionType(model.__code__.replace(), model.__globals__, model.__name__, model.__defaults__, model.__closure__)
+        copy.__kwdefaults__ = model.__kwdefaults__
+        return copy
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
@@ -87,9 +108,10 @@ class GraphCapture:
             self.add(result, (0, 0), (0, 0), graph, None)
             return _boxed(graph, inputs)
 
-        return aot_autograd(
+        compiled = aot_autograd(
             fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=inference, partition_fn=partition, decompositions=Decompositions()
         )(gm, example_inputs)
+        return only_in_scope(compiled, active_scope())
 
     def add(
         self, result: Result, before: tuple[int, int], after: tuple[int, int], forward: GraphModule, backward: GraphModule | None
@@ -102,8 +124,12 @@ class GraphCapture:
         globs = [set(r.unmatched) for r in self.results]
         unmatched = set.intersection(*globs) if globs else set()
         seen = {linear.name for graph in self.graphs for linear in graph.linears}
-        modules = model.named_modules() if isinstance(model, nn.Module) else ()
-        missing = tuple(n for n, m in modules if isinstance(m, nn.Linear) and (n or ROOT_NAME) not in seen)
+        modules = model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
+        names: dict[nn.Module, list[str]] = {}
+        for name, module in modules:
+            if isinstance(module, nn.Linear):
+                names.setdefault(module, []).append(name or ROOT_NAME)
+        missing = tuple(own[0] for own in names.values() if not seen.intersection(own))
         return Report(tuple(self.graphs), missing, tuple(sorted(unmatched)))
 
 
@@ -151,7 +177,8 @@ def _is_input_view(node: Node) -> bool:
 
 
 def _hint(n: int | torch.SymInt) -> int:
-    return n if isinstance(n, int) else int(n.node.hint)
+    """The size of this example; 0 where it depends on data and is not known before running."""
+    return n if isinstance(n, int) else int(n.node.hint or 0)
 
 
 def _linears(decisions: Sequence[Decision]) -> tuple[LinearReport, ...]:

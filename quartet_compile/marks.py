@@ -6,6 +6,10 @@ through checkpointing too, and do nothing in eager code.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -14,8 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.fx.traceback import annotate, annotate_fn
+from torch.overrides import TorchFunctionMode
 
-from quartet_compile.passes.place import CLASS_ATTRIBUTE, MODULE_KEY, SCOPE_KEY, lookup
+from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, lookup
 from quartet_compile.recipes import RECIPES
 
 T = TypeVar("T")
@@ -30,9 +35,11 @@ def recipe(name: str) -> Any:
         with quartet.recipe("bf16"):          # inside the compiled function
             logits = self.score(x)
 
-    The innermost one decides, and it is stronger than `set_recipe`, options and defaults. Entered in eager code around a compiled call, a
-    context counts for what is compiled inside it, and such a graph refuses to run outside (torch cannot guard on it). Raises ValueError
-    for an unknown name.
+    The innermost one decides, and it is stronger than `set_recipe`, options and defaults. In eager code around a compiled call it counts
+    too: what is called in another scope than it was compiled in is compiled again. A decorated class is decorated in the forward that it
+    has; a subclass that overrides it is not. In compiled code, write a context where it is entered (`with quartet.recipe(...):`), and where
+    the region holds a graph break use a decorated function instead: Dynamo cannot leave such a context half way.
+    Raises ValueError for an unknown name, TypeError for what cannot be decorated.
     """
     if torch.compiler.is_compiling():
         return annotate({SCOPE_KEY: name})  # Dynamo knows this object; it would not trace a class of ours
@@ -45,25 +52,54 @@ class _Scope:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.entered: list[Any] = []
+        self.entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
-        self.entered.append(annotate({SCOPE_KEY: self.name}))
-        self.entered[-1].__enter__()
+        stack = contextlib.ExitStack()
+        stack.enter_context(annotate({SCOPE_KEY: self.name}))
+        stack.enter_context(_guarded_mode(self.name)())
+        self.entered.append(stack)
 
     def __exit__(self, *exception: Any) -> None:
         self.entered.pop().__exit__(*exception)
 
     def __call__(self, target: T) -> T:
-        if isinstance(target, type):
-            if not issubclass(target, nn.Module):
-                raise TypeError(f"quartet.recipe decorates functions and nn.Module classes, not the class {target.__name__}")
-            target.forward = annotate_fn({SCOPE_KEY: self.name})(target.forward)
-            setattr(target, CLASS_ATTRIBUTE, self.name)
+        if isinstance(target, type) and issubclass(target, nn.Module):
+            target.forward = self._around(target.forward)
             return target
-        if isinstance(target, nn.Module) or not callable(target):
-            raise TypeError("quartet.recipe decorates functions and classes; for a module that exists use quartet.set_recipe(module, ...)")
-        return annotate_fn({SCOPE_KEY: self.name})(target)  # type: ignore[return-value]
+        if isinstance(target, (staticmethod, classmethod)):
+            return type(target)(self._around(target.__func__))  # type: ignore[return-value]
+        if isinstance(target, (type, nn.Module)) or not callable(target) or inspect.isgeneratorfunction(target):
+            raise TypeError(
+                f"quartet.recipe decorates functions and nn.Module classes, not {target!r}; for a module that exists use quartet.set_recipe"
+            )
+        return self._around(target)  # type: ignore[return-value]
+
+    def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        annotated = annotate_fn({SCOPE_KEY: self.name})(function)
+        name = self.name
+
+        @functools.wraps(function)
+        def decorated(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return annotated(*args, **kwargs)
+            with _Scope(name):  # eager, also because of a graph break inside: what is compiled below sees the scope
+                return function(*args, **kwargs)
+
+        return decorated
+
+
+@functools.cache
+def _guarded_mode(name: str) -> type[TorchFunctionMode]:
+    """A mode that does nothing, one class a recipe. Dynamo guards on the classes of active modes, but not on annotations: with it, a
+    compiled function that is called in another scope is compiled again."""
+
+    class RecipeScope(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    RecipeScope.__qualname__ = f"RecipeScope[{name}]"
+    return RecipeScope
 
 
 class RecipeHandle:
@@ -83,39 +119,56 @@ def set_recipe(model: nn.Module, name: str, *, only: str | Sequence[str] | None 
 
         quartet.set_recipe(model, "bf16", only="layers.*.attn.q_proj")
 
-    It acts on everything below a matched module; an inner module's setting wins over an outer one's, a later call over an earlier one, and
-    a decorator over both. Works before and after torch.compile (the change makes it recompile). copy.deepcopy keeps it; pickling a whole
-    module does not. Raises ValueError for an unknown recipe or a glob that matches no module.
+    It acts on what the forward of a matched module computes, everything below included; an inner module's setting wins over an outer one's,
+    a later call over an earlier one, and a decorator over both. A module whose weight is read by another one's forward (the `out_proj` of
+    nn.MultiheadAttention) is reached through that other one, or by the option quartet.exclude. Works before and after torch.compile (the
+    change makes it recompile), and copy.deepcopy keeps it. Raises ValueError for an unknown recipe or a glob that matches no module.
     """
     lookup(RECIPES, name, "quartet.set_recipe")
-    root: nn.Module = getattr(model, "_orig_mod", model)
+    root = getattr(model, "_orig_mod", model)
+    if not isinstance(root, nn.Module):
+        raise TypeError(f"quartet.set_recipe takes a module, not {root!r}; decorate a function with quartet.recipe({name!r})")
     if only is None:
-        return RecipeHandle([_wrap(root, name)])
+        return RecipeHandle([_push(root, name)])
     globs = [only] if isinstance(only, str) else list(only)
+    if not globs:
+        raise ValueError("quartet.set_recipe: `only` is empty, so nothing would be set; leave it out for the whole model")
     modules = dict(root.named_modules())
     for glob in globs:
         if not any(fnmatchcase(n, glob) for n in modules if n):
             known = ", ".join(list(filter(None, modules))[:8])
             raise ValueError(f"quartet.set_recipe: {glob!r} matches no module of {type(root).__name__}; its modules begin with: {known}")
-    return RecipeHandle([_wrap(m, name) for n, m in modules.items() if n and any(fnmatchcase(n, g) for g in globs)])
+    return RecipeHandle([_push(m, name) for n, m in modules.items() if n and any(fnmatchcase(n, g) for g in globs)])
 
 
-def _wrap(module: nn.Module, name: str) -> Callable[[], None]:
-    """Give a module an annotated forward of its own; returns what undoes it."""
-    previous = module.__dict__.get("forward")
-    foreign = previous if previous is not None and not hasattr(previous, "_quartet_set_recipe") else None
+_tokens = itertools.count()
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with annotate({MODULE_KEY: name}):
-            return foreign(*args, **kwargs) if foreign is not None else type(self).forward(self, *args, **kwargs)
 
-    forward._quartet_set_recipe = name  # type: ignore[attr-defined]
-    module.forward = types.MethodType(forward, module)  # a bound method follows copy.deepcopy
+def _annotated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module with recipes set: the last one set counts. A forward of its own that it had before is called inside."""
+    with annotate({MODULE_KEY: self._quartet_recipes[-1][1]}):
+        own = self.__dict__.get("_quartet_own_forward")
+        return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
+
+
+def _push(module: nn.Module, name: str) -> Callable[[], None]:
+    """Set a recipe on one module; returns what takes it back, in whatever order."""
+    state, token = module.__dict__, next(_tokens)
+    if "_quartet_recipes" not in state:
+        if "forward" in state:
+            state["_quartet_own_forward"] = state["forward"]
+        state["_quartet_recipes"] = ()
+        state["forward"] = types.MethodType(_annotated_forward, module)  # a bound method follows copy.deepcopy
+    state["_quartet_recipes"] += ((token, name),)
 
     def undo() -> None:
-        if previous is None:
-            del module.forward
-        else:
-            module.forward = previous
+        state["_quartet_recipes"] = tuple(entry for entry in state["_quartet_recipes"] if entry[0] != token)
+        if not state["_quartet_recipes"]:
+            del state["_quartet_recipes"]
+            own = state.pop("_quartet_own_forward", None)
+            if getattr(state.get("forward"), "__func__", None) is _annotated_forward:
+                del state["forward"]
+                if own is not None:
+                    state["forward"] = own
 
     return undo

@@ -41,14 +41,18 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str,
     """(our options, Inductor's options). Raises ValueError or TypeError for an unknown key, a wrong type or an unknown recipe."""
     ours, others = {}, {}
     valid = {f.name for f in fields(Options)}
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options must be a dict, got {options!r}")
     for key, value in (options or {}).items():
+        if not isinstance(key, str):
+            raise TypeError(f"the name of an option must be a string, got {key!r}")
         if not key.startswith(PREFIX):
             others[key] = value
             continue
         name = key.removeprefix(PREFIX)
         if name not in valid:
             near = get_close_matches(name, valid, n=1)
-            hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
+            hint = f"; did you mean {PREFIX}{near[0]}?" if near else "."
             raise ValueError(f"unknown option {key!r}{hint} Valid are {', '.join(PREFIX + v for v in sorted(valid))}.")
         ours[name] = _checked(key, name, value)
     result = Options(**ours)
@@ -58,10 +62,12 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str,
 
 def _checked(key: str, name: str, value: Any) -> Any:
     if name in ("include", "exclude"):
-        globs = (value,) if isinstance(value, str) else tuple(value)
-        if not all(isinstance(g, str) for g in globs):
+        globs = (value,) if isinstance(value, str) else value
+        if not isinstance(globs, (list, tuple, set)) or not all(isinstance(g, str) for g in globs):
             raise TypeError(f"option {key!r} takes a glob or a list of globs, got {value!r}")
-        return globs
+        return tuple(globs)
+    if name == "mode" and value is None:
+        return None
     if name == "min_features":
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise TypeError(f"option {key!r} takes a whole number from 0 on, got {value!r}")

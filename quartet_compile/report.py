@@ -15,10 +15,11 @@ from quartet_compile.passes.place import LeftBecause
 class LinearReport:
     """One linear.
 
-    shape: (T, I, O), tokens, in and out features (tokens of this example if dynamic). recipe: by name, "bf16" if left alone. decided_by:
-    which rule chose it. products: those that were rewritten, of "y", "dx", "dw". reason, left_because: why it was left alone, and which
-    class of reason that is. saved_before, saved_after: bytes kept for the backward pass for its input, 0 where another linear already
-    keeps the same input. weight_bytes: the packed weight that is kept on top of the parameter.
+    shape: (T, I, O): tokens, in and out features; tokens of this example if dynamic, 0 if they depend on data. recipe: by name, "bf16" if
+    left alone. decided_by: which rule chose it. products: those that were rewritten, of "y", "dx", "dw". reason, left_because: why it was
+    left alone, and which class of reason that is. saved_before, saved_after: bytes kept for the backward pass for its input, 0 where
+    another linear already keeps the same input; checkpointing is not counted here, only in the totals. weight_bytes: the packed weight
+    that is kept on top of the parameter.
     """
 
     name: str
@@ -114,7 +115,7 @@ class Report:
         for linear in self.linears:
             if not linear.products:
                 lines.append(f"  left: {linear.name}: {linear.reason} [{linear.left_because}]")
-        lines += [f"  not captured: {name} was in no compiled graph" for name in self.not_captured]
+        lines += [f"  not found: no product in a captured graph belongs to {name}" for name in self.not_captured]
         lines += [f"  {option}: {glob!r} matches no linear" for option, glob in self.unmatched]
         lines.append("")
         lines.append(

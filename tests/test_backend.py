@@ -197,6 +197,7 @@ def test_modes_and_options_reach_inductor(kwargs: dict[str, Any]) -> None:
         ({"quartet.recipee": "bf16"}, r"did you mean quartet\.recipe"),
         ({"quartet.recipe": "fp3"}, "valid are bf16, quartet2"),
         ({"quartet.exclude": [3]}, "glob"),
+        ({"quartet.exclude": None}, "takes a glob or a list of globs"),
         ({"quartet.strict": "yes"}, "takes a bool"),
         ({"quartet.min_features": -1}, "whole number"),
         ({"no_such_inductor_option": 1}, "Unexpected optimization option"),

@@ -294,3 +294,100 @@ def test_a_numbered_output_is_no_head() -> None:
             return self.layers[0](x)
 
     assert only_linear(Model(), torch.randn(4, 64)).products == ("y", "dw")
+
+
+# ---------------------------------------------------------------- whose gradient is whose
+
+
+def test_a_linear_without_gradient_takes_none_from_the_linear_before_it() -> None:
+    """Operators outside the autograd graph carry the sequence number of the differentiable one before them."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trained, self.frozen = nn.Linear(80, 80), nn.Linear(80, 80).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.trained(x) + self.frozen(x)
+
+    model, x = Model(), torch.randn(40, 80)
+    compiled, backend = capture(model, exclude=["trained"])
+    y = compiled(x)
+    e = torch.randn_like(y)
+    y.backward(e)
+    trained, frozen = backend.report(model).linears
+    assert (trained.products, frozen.products) == ((), ("y",))
+    torch.testing.assert_close(model.trained.weight.grad, e.t() @ x)
+
+
+def test_student_and_teacher_keep_apart() -> None:
+    student, teacher, x = nn.Linear(80, 80), nn.Linear(80, 80), torch.randn(40, 80)
+
+    def distil(x: Tensor) -> Tensor:
+        y = student(x)
+        with torch.no_grad():
+            t = teacher(x)
+        return (y - t).square().sum()
+
+    compiled, backend = capture(distil)
+    compiled(x).backward()
+    assert [linear.products for linear in backend.report(None).linears] == [("y", "dw"), ("y",)]
+    assert teacher.weight.grad is None
+
+
+def test_products_in_a_custom_backward_are_gradients_and_no_forward_linears() -> None:
+    class Custom(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return x @ w.t()
+
+        @staticmethod
+        def backward(ctx: Any, e: Tensor) -> tuple[Tensor, Tensor]:
+            x, w = ctx.saved_tensors
+            return e @ w, e.t() @ x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(80, 80))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Custom.apply(x, self.weight)
+
+    model, x = Model(), torch.randn(40, 80, requires_grad=True)
+    _, e, seeds, report = train_step(model, x)
+    (linear,) = report.linears
+    assert linear.products == ("y", "dx", "dw")
+    x64, w64, e64 = (t.detach().double().numpy() for t in (x, model.weight, e))
+    assert relative_error(x.grad, independent.dgrad(e64, w64, seeds.plain[0])) < 1e-6
+    assert relative_error(model.weight.grad, independent.wgrad(e64, x64, seeds.transposed[0])) < 1e-6
+
+
+def test_an_input_stored_transposed() -> None:
+    model, x = nn.Linear(80, 64), torch.randn(80, 40, requires_grad=True)
+    compiled, backend = capture(model)
+    with recorded_seeds() as seeds:
+        y = compiled(x.t())
+        e = torch.randn_like(y)
+        y.backward(e)
+    assert backend.report(model).linears[0].products == ("y", "dx", "dw")
+    x64, w64, e64 = x.detach().double().t().numpy(), model.weight.detach().double().numpy(), e.double().numpy()
+    assert relative_error(y, torch.tensor(independent.linear(x64, w64)) + model.bias.detach().double()) < 1e-6
+    drawn = {*seeds.plain, *seeds.transposed}
+    assert min(relative_error(x.grad.t(), independent.dgrad(e64, w64, s)) for s in drawn) < 1e-6
+    assert min(relative_error(model.weight.grad, independent.wgrad(e64, x64, s)) for s in drawn) < 1e-6
+
+
+def test_an_input_made_of_parameters_is_reported() -> None:
+    class Latents(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents, self.q = nn.Parameter(torch.randn(4, 80)), nn.Linear(80, 80)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.q(self.latents)
+
+    linear = only_linear(Latents(), torch.randn(4, 80))
+    assert (linear.name, linear.left_because) == ("q", "unsupported")
+    assert "parameters or constants" in linear.reason

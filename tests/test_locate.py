@@ -16,7 +16,8 @@ from quartet_compile.passes.locate import _name, dotted
         ("G['model'].head", "head"),
         ("L['loss'].__closure__[0].cell_contents.layers.0.q", "layers.0.q"),
         ("L['self'].layers.1.forward.__self__.q", "layers.1.q"),
-        ("L['args'][0]", "0"),
+        ("L['args'][0].q", "q"),
+        ("L['self'].layers.0.__dict__['_modules']['_checkpoint_wrapped_module'].q", "layers.0.q"),
         ("L['parameters']['layers.0.weight']", "layers.0.weight"),
     ],
 )

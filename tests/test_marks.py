@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ def test_decorators_do_nothing_in_eager_code() -> None:
     assert torch.equal(model(x), model.q(x) + model.k(x))
 
 
-@pytest.mark.parametrize("target", [int, nn.Linear(2, 2), 3])
+@pytest.mark.parametrize("target", [int, nn.Linear(2, 2), 3, lambda: (yield)])
 def test_what_cannot_be_decorated_is_refused(target: Any) -> None:
     with pytest.raises(TypeError, match="decorates"):
         quartet.recipe("bf16")(target)
@@ -175,14 +176,41 @@ def test_a_graph_break_inside_a_decorated_class_keeps_its_recipe() -> None:
     assert {recipe for recipe, _ in recipes(Broken()).values()} == {"bf16"}
 
 
-def test_a_context_around_the_call_acts_or_raises_but_is_never_ignored() -> None:
+def test_a_context_around_the_call_is_guarded_on() -> None:
     model, x = nn.Linear(64, 64), torch.randn(16, 64)
     exact = model(x)
     compiled = torch.compile(model, backend="quartet")
-    with quartet.recipe("bf16"):
-        torch.testing.assert_close(compiled(x), exact)
+    for _ in range(2):
+        with quartet.recipe("bf16"):
+            torch.testing.assert_close(compiled(x), exact)
+        assert (compiled(x) - exact).norm() > 0.05 * exact.norm(), "quantized"
+
+
+def test_a_helper_that_breaks_inside_and_outside_a_decorated_function_never_takes_the_wrong_recipe() -> None:
+    inner, x = nn.Linear(64, 64), torch.randn(16, 64)
+
+    def helper(y: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return inner(y)
+
+    @quartet.recipe("bf16")
+    def decorated(y: Tensor) -> Tensor:
+        return helper(y)
+
+    compiled, _ = capture(lambda y: (decorated(y), helper(y)))
     with pytest.raises(RuntimeError, match=r"compiled under quartet\.recipe\('bf16'\) and is now called under no quartet\.recipe"):
         compiled(x)
+
+
+def test_a_decorated_static_method() -> None:
+    class Holder:
+        @quartet.recipe("bf16")
+        @staticmethod
+        def run(layer: nn.Module, y: Tensor) -> Tensor:
+            return layer(y)
+
+    layer = nn.Linear(64, 64)
+    assert [r for r, _ in recipes(lambda y: Holder.run(layer, y)).values()] == ["bf16"]
 
 
 # ---------------------------------------------------------------- set_recipe
@@ -218,6 +246,42 @@ def test_inner_and_later_settings_win_and_a_copy_keeps_them() -> None:
     assert {n: r for n, (r, _) in recipes(twin).items()} == expected
     assert twin.layers[1].forward.__self__ is twin.layers[1], "the copy's forward is bound to the copy"
     assert twin.state_dict().keys() == model.state_dict().keys()
+
+
+def test_settings_can_be_taken_back_in_any_order() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    first, second = quartet.set_recipe(model, "bf16", only="0"), quartet.set_recipe(model, "quartet2", only="0")
+    first.remove()
+    assert recipes(model)["0"] == ("quartet2", "set_recipe")
+    second.remove()
+    second.remove()
+    torch._dynamo.reset()
+    assert recipes(model)["0"] == ("quartet2", "default")
+    assert not {"forward", "_quartet_recipes"} & set(model[0].__dict__)
+
+
+def test_a_forward_of_the_modules_own_survives_and_follows_copies() -> None:
+    model, x = nn.Linear(64, 64, bias=False), torch.randn(4, 64)
+
+    def doubled(self: nn.Linear, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight) * 2
+
+    model.forward = types.MethodType(doubled, model)
+    handle = quartet.set_recipe(model, "bf16")
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert not twin(x).any()
+    torch.testing.assert_close(model(x), 2 * x @ model.weight.t())
+    handle.remove()
+    assert model.forward.__func__ is doubled
+
+
+@pytest.mark.parametrize(("arguments", "error"), [((print, "bf16", None), TypeError), ((nn.Linear(2, 2), "bf16", []), ValueError)])
+def test_settings_that_would_do_nothing_are_refused(arguments: tuple[Any, str, Any], error: type[Exception]) -> None:
+    model, name, only = arguments
+    with pytest.raises(error, match=r"quartet\.set_recipe"):
+        quartet.set_recipe(model, name, only=only)
 
 
 def test_a_decorator_is_stronger_than_set_recipe_which_is_stronger_than_globs() -> None:

@@ -66,7 +66,7 @@ lm_head       test_report.py:N  128 x 64 -> 80  bf16      default     -         
   left: small: min(in, out) = 8 features, below 64 [default]
   left: scaled: its weight is computed from parameters, not a parameter itself [unsupported]
   left: lm_head: output head (named lm_head) [default]
-  not captured: unused was in no compiled graph
+  not found: no product in a captured graph belongs to unused
   quartet.exclude: 'x.*' matches no linear
 
 kept for the backward pass: activations BEFORE -> AFTER, weights beside the parameters BEFORE -> AFTER""")
