@@ -68,7 +68,7 @@ class _Scope:
             target.forward = self._around(target.forward)
             return target
         if isinstance(target, (staticmethod, classmethod)):
-            return type(target)(self._around(target.__func__))  # type: ignore[return-value]
+            return type(target)(self._around(target.__func__))
         if isinstance(target, (type, nn.Module)) or not callable(target) or inspect.isgeneratorfunction(target):
             raise TypeError(
                 f"quartet.recipe decorates functions and nn.Module classes, not {target!r}; for a module that exists use quartet.set_recipe"
@@ -146,7 +146,8 @@ _tokens = itertools.count()
 
 def _annotated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module with recipes set: the last one set counts. A forward of its own that it had before is called inside."""
-    with annotate({MODULE_KEY: self._quartet_recipes[-1][1]}):
+    recipes: Any = self._quartet_recipes
+    with annotate({MODULE_KEY: recipes[-1][1]}):
         own = self.__dict__.get("_quartet_own_forward")
         return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
 
