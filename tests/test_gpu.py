@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import float64_recipe as independent
@@ -77,21 +78,31 @@ def test_a_training_step_equals_the_independent_recipe(dtype: torch.dtype, bias:
             assert relative_error(ours, exact) < 1e-5, name
 
 
+@pytest.fixture(params=[True, False], ids=["reduced_allowed", "reduced_refused"])
+def reduced_precision_sums(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """cuBLAS allowed, or not, to add partial sums in the output's dtype."""
+    settings, names = torch.backends.cuda.matmul, [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = [getattr(settings, name) for name in names]
+    for name in names:
+        setattr(settings, name, request.param)
+    yield request.param
+    for name, value in zip(names, before, strict=True):
+        setattr(settings, name, value)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_emulation_is_one_rounding_of_the_float32_sum(dtype: torch.dtype, bias: bool) -> None:
+def test_emulation_is_one_rounding_of_the_float32_sum(dtype: torch.dtype, bias: bool, reduced_precision_sums: bool) -> None:
     def packed(rows: int) -> tuple[torch.Tensor, ...]:
         return torch.ops.quartet.quantize(torch.randn(rows, 4096, device="cuda", dtype=dtype), "four_over_six")
 
     a, b = packed(256), packed(192)
     offset = torch.randn(192, device="cuda", dtype=dtype) if bias else None
-    for allowed in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", allowed)
-            y = torch.ops.quartet.matmul(*a, *b, offset, 1 / 128, dtype).double()
-        exact = reference.matmul(Quantized(*a), Quantized(*b), 1 / 128) + (offset.double() if bias else 0)
-        once = exact.to(dtype).double()
-        assert float((y - exact).norm()) == pytest.approx(float((once - exact).norm()), rel=1e-2)
+    y = torch.ops.quartet.matmul(*a, *b, offset, 1 / 128, dtype).double()
+    exact = reference.matmul(Quantized(*a), Quantized(*b), 1 / 128) + (offset.double() if bias else 0)
+    once = exact.to(dtype).double()
+    assert float((y - exact).norm()) == pytest.approx(float((once - exact).norm()), rel=1e-2)
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction == reduced_precision_sums
 
 
 def test_noise_is_fresh_at_every_replay_of_a_cuda_graph() -> None:

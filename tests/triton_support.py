@@ -1,13 +1,34 @@
-"""Matrices that are hard to quantize, and a count of what two packed matrices differ in."""
+"""What the tests of the Triton kernels share: devices, matrices that are hard to quantize, the reference, and a count of differences.
+
+The reference always runs on the CPU: on a GPU torch divides by a Python number by multiplying with its reciprocal, which is not IEEE
+division.
+
+What may differ from it, and by how much. The deterministic rules: nothing. The rotated operands: a rotation adds 128 numbers, and its
+float32 result depends on the order of the additions, by about 1e-6 of the group's maximum. A code flips where that crosses one of 7
+midpoints, or zero, with a density of at most 0.3 a unit each: 8 * 0.3 * 2 * 3e-6 = 1.4e-5 of the elements. A scale differs where the random
+number falls into the gap of its probability, at most 16 * 1e-6, or where a code of its group flipped. Sums of small integers are exact:
+there, nothing may differ at all. Signs of zeros: see `test_rotated_zeros`.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
+from quartet_compile.kernels import reference_ops
 from quartet_compile.kernels.format import unpack
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+on_devices = pytest.mark.parametrize("device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=NEEDS_GPU)])
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((37, 70), (1, 16), (16, 1), (130, 257), (128, 128))
+SEEDS = (12345, -(2**62) - 977, 2**63 - 1)
 
 Packed = tuple[Tensor, Tensor, Tensor]
 
@@ -85,3 +106,35 @@ EXACT_SUMS = ("ties", "sparse", "zero")
 def matrix(kind: str, shape: tuple[int, int], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
     """A matrix of MATRICES, the same on every device."""
     return MATRICES[kind](shape, torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def seeds_on(device: str) -> Tensor:
+    return torch.tensor(SEEDS, dtype=torch.int64, device=device)
+
+
+def reference_grad(e: Tensor, index: int, transpose: bool, rank: int) -> Packed:
+    return reference_ops.quantize_grad(e.cpu(), seeds_on("cpu"), index, "ms_eden", transpose, rank)
+
+
+def packed_on(x: Tensor, device: str) -> Packed:
+    """The reference's four-over-six of x, moved to `device`."""
+    codes, scales, g = reference_ops.quantize(x.cpu(), "four_over_six")
+    return codes.to(device), scales.view(torch.uint8).to(device).view(torch.float8_e4m3fn), g.to(device)
+
+
+def assert_equal(ours: Packed, expected: Packed) -> None:
+    found = differences(ours, expected)
+    assert (found.codes, found.scales, found.tensor_scale) == (0, 0, False), str(found)
+
+
+def assert_near_ties_only(found: Differences) -> None:
+    print(found)
+    assert not found.tensor_scale, str(found)
+    assert found.codes <= 1.4e-5 * found.elements + 2, str(found)
+    assert found.scales <= 1.6e-5 * found.groups + found.codes + 1, str(found)
+
+
+def unsigned_zeros(packed: Packed) -> Packed:
+    """Code 8, minus zero, replaced by 0."""
+    low, high = packed[0] & 15, packed[0] >> 4
+    return torch.where(low == 8, 0, low) | (torch.where(high == 8, 0, high) << 4), *packed[1:]

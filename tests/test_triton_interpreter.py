@@ -1,0 +1,27 @@
+"""The Triton kernels without a GPU: their tests, run once more in Triton's interpreter.
+
+That must be on before triton is imported, so each file runs in a process of its own; here, and with ``-m gpu`` on a GPU, the same tests are
+collected with a device to run on.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.parametrize("file", ["test_triton_numbers.py", "test_triton_quantizers.py", "test_triton_matmul.py"])
+def test_kernels_in_the_interpreter(file: str) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    path = Path(__file__).with_name(file)
+    command = [sys.executable, "-m", "pytest", str(path), "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=short"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parent.parent)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

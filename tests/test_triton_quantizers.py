@@ -1,0 +1,198 @@
+"""The Triton quantizers equal `reference_ops`: codes, scales and tensor scales byte for byte, but for near-ties in rotated operands."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from triton_support import (
+    DTYPES,
+    EXACT_SUMS,
+    MATRICES,
+    SHAPES,
+    assert_equal,
+    assert_near_ties_only,
+    differences,
+    matrix,
+    on_devices,
+    packed_on,
+    reference_grad,
+    seeds_on,
+    unsigned_zeros,
+)
+
+from quartet_compile.kernels import reference_ops
+from quartet_compile.kernels.format import ceil_to, unpack
+
+pytest.importorskip("triton")
+
+from quartet_compile.kernels import triton_kernels
+from quartet_compile.kernels.triton_kernels import launch
+
+# ---------------------------------------------------------------- deterministic rules
+
+
+@on_devices
+@pytest.mark.parametrize("rule", ["four_over_six", "nearest"])
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_equals_the_reference(device, dtype, kind, rule):
+    for shape in SHAPES[:3] if kind != "gauss" else SHAPES:
+        x = matrix(kind, shape, dtype, device)
+        assert_equal(triton_kernels.quantize(x, rule), reference_ops.quantize(x.cpu(), rule))
+
+
+@on_devices
+@pytest.mark.parametrize("factor", [3e38, 1e30, 1e-30, 1e-37, 1e-42, 1e-45])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantize_at_the_ends_of_the_range(device, dtype, factor):
+    x = (matrix("wide", (19, 48), torch.float64, device).clamp(-1, 1) * factor).to(dtype)
+    assert_equal(triton_kernels.quantize(x, "four_over_six"), reference_ops.quantize(x.cpu(), "four_over_six"))
+
+
+def strided_views(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    base = matrix("gauss", (150, 144), dtype, device)
+    return {
+        "transposed": base[:37, :].t(),
+        "every_other": base[:40, ::2],
+        "inner": base[1:34, 3:74],
+        "one_row_expanded": base[:1, :40].expand(21, 40),
+        "one_number_expanded": base[0, 0].expand(17, 33),
+    }
+
+
+@on_devices
+@pytest.mark.parametrize("view", strided_views(torch.float32, "cpu"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_do_not_matter(device, dtype, view):
+    x = strided_views(dtype, device)[view]
+    assert_equal(triton_kernels.quantize(x, "four_over_six"), reference_ops.quantize(x.cpu(), "four_over_six"))
+    for transpose in (False, True):
+        ours = triton_kernels.quantize_grad(x, seeds_on(device), 0, "ms_eden", transpose, 0)
+        assert_near_ties_only(differences(ours, reference_grad(x, 0, transpose, 0)))
+
+
+# ---------------------------------------------------------------- rotated operands
+
+
+@on_devices
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("kind", ["gauss", "outliers", "wide", "ties", "zero"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantize_grad_equals_the_reference(device, dtype, kind, transpose):
+    for rank, shape in enumerate(SHAPES if kind == "gauss" else SHAPES[:2]):
+        e = matrix(kind, shape, dtype, device, seed=rank)
+        ours = triton_kernels.quantize_grad(e, seeds_on(device), rank % 3, "ms_eden", transpose, rank)
+        expected = reference_grad(e, rank % 3, transpose, rank)
+        if kind in EXACT_SUMS:
+            assert_equal(unsigned_zeros(ours), unsigned_zeros(expected))
+        else:
+            assert_near_ties_only(differences(ours, expected))
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotated_zeros(device, dtype):
+    """A sum that cancels exactly is +0 here. The reference's butterflies can make it -0 where the data itself has zeros: the one
+    difference in signs that is not a near-tie, and it changes no value."""
+    e = matrix("sparse", (37, 200), dtype, device)
+    for transpose in (False, True):
+        ours = triton_kernels.quantize_grad(e, seeds_on(device), 1, "ms_eden", transpose, 0)
+        expected = reference_grad(e, 1, transpose, 0)
+        assert_equal(unsigned_zeros(ours), unsigned_zeros(expected))
+        other_sign = unpack(ours[0].cpu()) != unpack(expected[0])
+        assert (unpack(ours[0].cpu())[other_sign] == 0).all()
+
+
+@on_devices
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(torch.float32, 1e36), (torch.float32, 1e-32), (torch.bfloat16, 1e36), (torch.bfloat16, 1e-37)]
+)
+def test_gradients_of_extreme_size(device, dtype, factor):
+    e = (matrix("gauss", (37, 70), torch.float64, device) * factor).to(dtype)
+    ours = triton_kernels.quantize_grad(e, seeds_on(device), 0, "ms_eden", False, 0)
+    assert_near_ties_only(differences(ours, reference_grad(e, 0, False, 0)))
+
+
+@on_devices
+@pytest.mark.parametrize("kind", ["gauss", "outliers", "wide", "ties", "sparse", "zero"])
+def test_requantize_equals_the_reference(device, kind):
+    for rank, shape in enumerate(SHAPES if kind == "gauss" else SHAPES[:3]):
+        packed = packed_on(matrix(kind, shape, torch.float32, device), device)
+        ours = triton_kernels.requantize(*packed, shape[1], seeds_on(device), rank % 3, "ms_eden", rank)
+        expected = reference_ops.requantize(*(t.cpu() for t in packed), shape[1], seeds_on("cpu"), rank % 3, "ms_eden", rank)
+        if kind in EXACT_SUMS:
+            assert_equal(unsigned_zeros(ours), unsigned_zeros(expected))
+        else:
+            assert_near_ties_only(differences(ours, expected))
+
+
+@on_devices
+@pytest.mark.parametrize("permuted", [False, True])
+def test_the_permutation_of_columns_changes_nothing(device, permuted, monkeypatch):
+    if device == "cuda":
+        pytest.skip("a GPU runs the one that suits it")
+    monkeypatch.setattr(launch, "INTERPRETER", launch.Target(0, native=False, permuted=permuted, processors=1))
+    e = matrix("gauss", (37, 200), torch.bfloat16, device)
+    ours = triton_kernels.quantize_grad(e, seeds_on(device), 0, "ms_eden", True, 0)
+    assert_near_ties_only(differences(ours, reference_grad(e, 0, True, 0)))
+
+
+# ---------------------------------------------------------------- numbers that are not finite, empty matrices, wrong arguments
+
+
+@on_devices
+@pytest.mark.parametrize(("at", "bad"), [((17, 33), math.nan), ((0, 0), math.inf), ((36, 69), -math.inf), ((36, 0), math.nan)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_number_that_is_not_finite_makes_everything_nan(device, dtype, at, bad):
+    x = matrix("gauss", (37, 70), dtype, device)
+    x[at] = bad
+    results = [(triton_kernels.quantize(x, "four_over_six"), reference_ops.quantize(x.cpu(), "four_over_six"))]
+    for transpose in (False, True):
+        ours = triton_kernels.quantize_grad(x, seeds_on(device), 0, "ms_eden", transpose, 0)
+        results.append((ours, reference_grad(x, 0, transpose, 0)))
+    for ours, expected in results:
+        assert ours[2].isnan()
+        assert not ours[0].any()
+        assert not ours[1].view(torch.uint8).any()
+        assert_equal(ours, expected)
+    nan_packed = results[0][0]
+    assert triton_kernels.requantize(*nan_packed, 70, seeds_on(device), 0, "ms_eden", 0)[2].isnan()
+    other = packed_on(matrix("gauss", (5, 70), dtype, device), device)
+    assert triton_kernels.matmul(*nan_packed, *other, None, 1.0, torch.bfloat16).isnan().all()
+    assert triton_kernels.matmul(*other, *nan_packed, None, 1.0, torch.float32).isnan().all()
+
+
+@on_devices
+def test_infinities_of_both_signs_in_one_rotated_block(device):
+    e = matrix("gauss", (3, 128), torch.bfloat16, device)
+    e[1, 5], e[1, 90] = math.inf, -math.inf
+    assert_equal(triton_kernels.quantize_grad(e, seeds_on(device), 0, "ms_eden", False, 0), reference_grad(e, 0, False, 0))
+
+
+@on_devices
+@pytest.mark.parametrize("shape", [(0, 32), (32, 0), (0, 0)])
+def test_empty_matrices(device, shape):
+    x = torch.empty(shape, dtype=torch.bfloat16, device=device)
+    packed = triton_kernels.quantize(x, "four_over_six")
+    assert_equal(packed, reference_ops.quantize(x.cpu(), "four_over_six"))
+    for transpose in (False, True):
+        ours = triton_kernels.quantize_grad(x, seeds_on(device), 0, "ms_eden", transpose, 0)
+        assert_equal(ours, reference_grad(x, 0, transpose, 0))
+    again = triton_kernels.requantize(*packed, shape[1], seeds_on(device), 0, "ms_eden", 0)
+    assert again[0].shape == (shape[1], ceil_to(shape[0], 128) // 2)
+    other = triton_kernels.quantize(torch.ones(3, shape[1], dtype=torch.bfloat16, device=device), "four_over_six")
+    bias = torch.ones(3, device=device)
+    y = triton_kernels.matmul(*packed, *other, bias, 1.0, torch.float32)
+    assert y.shape == (shape[0], 3)
+    assert (y == 1).all()
+
+
+def test_rules_that_do_not_exist():
+    x = torch.zeros(2, 16)
+    with pytest.raises(ValueError, match="no deterministic rule"):
+        triton_kernels.quantize(x, "stochastic")
+    with pytest.raises(ValueError, match="no backward rule"):
+        triton_kernels.quantize_grad(x, seeds_on("cpu"), 0, "nearest", False, 0)
