@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import quartet_compile as quartet
 from quartet_compile import backend
+from quartet_compile.kernels import ops
 from quartet_compile.passes import pipeline
 
 
@@ -306,17 +307,17 @@ def test_caches_hit_for_the_same_and_miss_for_another_recipe_option_or_source(mo
 
 
 def test_the_source_hash_covers_every_file_of_passes_and_kernels() -> None:
-    folders = [Path(pipeline.__file__).parent, Path(quartet.__file__).parent.parent / "kernels"]
-    assert all(any(folder.rglob("*.py")) for folder in folders)
     before = pipeline.source_hash()
-    target = folders[0] / "zz_probe.py"
-    try:
-        target.write_text("x = 1\n")
-        pipeline.source_hash.cache_clear()
-        assert pipeline.source_hash() != before
-    finally:
-        target.unlink()
-        pipeline.source_hash.cache_clear()
+    passes_folder, kernels_folder = (Path(module.__file__).parent for module in (pipeline, ops))
+    for folder in (passes_folder, kernels_folder, kernels_folder / "triton_kernels", kernels_folder / "cpu"):
+        probe = folder / "zz_probe.py"
+        try:
+            probe.write_text("x = 1\n")
+            pipeline.source_hash.cache_clear()
+            assert pipeline.source_hash() != before
+        finally:
+            probe.unlink()
+            pipeline.source_hash.cache_clear()
 
 
 def test_two_models_with_two_recipes_live_in_one_process() -> None:
