@@ -49,7 +49,7 @@ _library.define(
 # ---------------------------------------------------------------- checks
 
 
-def _check_operand(op: str, x: Tensor) -> None:
+def check_operand(op: str, x: Tensor) -> None:
     if x.dim() != 2:
         raise ValueError(f"quartet.{op}: expected a matrix, got shape {tuple(x.shape)}")
     if x.dtype not in OPERAND_DTYPES:
@@ -57,35 +57,38 @@ def _check_operand(op: str, x: Tensor) -> None:
         raise TypeError(f"quartet.{op}: cannot quantize {x.dtype}; supported are {supported}. Cast the tensor first.")
 
 
-def _check_rule(op: str, rule: str, valid: tuple[str, ...]) -> None:
+def check_rule(op: str, rule: str, valid: tuple[str, ...]) -> None:
     if rule not in valid:
         raise ValueError(f"quartet.{op}: no rule {rule!r}; valid are {', '.join(valid)}")
 
 
-def _check_packed(op: str, codes: Tensor, scales: Tensor, tensor_scale: Tensor) -> None:
+def check_packed(op: str, codes: Tensor, scales: Tensor, tensor_scale: Tensor) -> None:
     if codes.dtype != torch.uint8 or scales.dtype != torch.float8_e4m3fn or tensor_scale.dtype != torch.float32:
         raise TypeError(
             f"quartet.{op}: an NVFP4 matrix is codes uint8, scales float8_e4m3fn and tensor_scale float32,"
             f" got {codes.dtype}, {scales.dtype}, {tensor_scale.dtype}"
         )
     if codes.dim() != 2 or scales.dim() != 2 or codes.shape[0] != scales.shape[0] or codes.shape[1] * 2 != scales.shape[1] * GROUP:
-        raise ValueError(
-            f"quartet.{op}: codes [M, K/2] and scales [M, K/16] do not fit: {tuple(codes.shape)} and {tuple(scales.shape)}"
-        )
+        raise ValueError(f"quartet.{op}: codes [M, K/2] and scales [M, K/16] do not fit: {tuple(codes.shape)} and {tuple(scales.shape)}")
 
 
-def _check_columns(codes: Tensor, columns: int) -> None:
+def check_columns(op: str, codes: Tensor, columns: int) -> None:
     if ceil_to(columns, GROUP) != codes.shape[1] * 2:
-        raise ValueError(f"quartet.requantize: {codes.shape[1] * 2} packed columns are not {columns} real ones and their padding")
+        raise ValueError(f"quartet.{op}: {codes.shape[1] * 2} packed columns are not {columns} real ones and their padding")
 
 
-def _check_product(a_codes: Tensor, b_codes: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
-    if a_codes.shape[1] != b_codes.shape[1]:
-        raise ValueError(f"quartet.matmul: the operands contract over {a_codes.shape[1] * 2} and {b_codes.shape[1] * 2} elements")
-    if bias is not None and bias.shape != (b_codes.shape[0],):
-        raise ValueError(f"quartet.matmul: bias has shape {tuple(bias.shape)}, expected ({b_codes.shape[0]},)")
+def check_product(op: str, a: tuple[int, int], b: tuple[int, int], bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    """a, b: shapes [M, K] and [N, K] in elements."""
+    if a[1] != b[1]:
+        raise ValueError(f"quartet.{op}: the operands contract over {a[1]} and {b[1]} elements")
+    if bias is not None and bias.shape != (b[0],):
+        raise ValueError(f"quartet.{op}: bias has shape {tuple(bias.shape)}, expected ({b[0]},)")
     if out_dtype not in OPERAND_DTYPES:
-        raise TypeError(f"quartet.matmul: cannot return {out_dtype}")
+        raise TypeError(f"quartet.{op}: cannot return {out_dtype}")
+
+
+def _shape(codes: Tensor) -> tuple[int, int]:
+    return codes.shape[0], codes.shape[1] * 2
 
 
 # ---------------------------------------------------------------- shapes
@@ -101,15 +104,15 @@ def _packed_like(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor,
 
 @torch.library.register_fake("quartet::quantize", lib=_library)
 def _quantize_fake(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
-    _check_operand("quantize", x)
-    _check_rule("quantize", rule, FORWARD_RULES)
+    check_operand("quantize", x)
+    check_rule("quantize", rule, FORWARD_RULES)
     return _packed_like(x, x.shape[0], ceil_to(x.shape[1], GROUP))
 
 
 @torch.library.register_fake("quartet::quantize_grad", lib=_library)
 def _quantize_grad_fake(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
-    _check_operand("quantize_grad", e)
-    _check_rule("quantize_grad", rule, BACKWARD_RULES)
+    check_operand("quantize_grad", e)
+    check_rule("quantize_grad", rule, BACKWARD_RULES)
     rows, columns = (e.shape[1], e.shape[0]) if transpose else (e.shape[0], e.shape[1])
     return _packed_like(e, rows, ceil_to(columns, ROTATION))
 
@@ -118,9 +121,9 @@ def _quantize_grad_fake(e: Tensor, seeds: Tensor, index: int, rule: str, transpo
 def _requantize_fake(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_packed("requantize", codes, scales, tensor_scale)
-    _check_columns(codes, columns)
-    _check_rule("requantize", rule, BACKWARD_RULES)
+    check_packed("requantize", codes, scales, tensor_scale)
+    check_columns("requantize", codes, columns)
+    check_rule("requantize", rule, BACKWARD_RULES)
     return _packed_like(codes, columns, ceil_to(codes.shape[0], ROTATION))
 
 
@@ -129,26 +132,31 @@ def _matmul_fake(
     a_codes: Tensor, a_scales: Tensor, a_tensor_scale: Tensor, b_codes: Tensor, b_scales: Tensor, b_tensor_scale: Tensor,
     bias: Tensor | None, scale: float, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    _check_packed("matmul", a_codes, a_scales, a_tensor_scale)
-    _check_packed("matmul", b_codes, b_scales, b_tensor_scale)
-    _check_product(a_codes, b_codes, bias, out_dtype)
+    check_packed("matmul", a_codes, a_scales, a_tensor_scale)
+    check_packed("matmul", b_codes, b_scales, b_tensor_scale)
+    check_product("matmul", _shape(a_codes), _shape(b_codes), bias, out_dtype)
     return a_codes.new_empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
 
 
 # ---------------------------------------------------------------- devices
 
 
-def _rank() -> int:
+def rank() -> int:
     distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
 def _implementation(device: str) -> ModuleType:
-    """The module whose functions run on a device. The Triton kernels are imported when a CUDA tensor first arrives."""
+    """The module whose functions run on a device."""
     if device == "CPU":
         from quartet_compile.kernels import cpu
 
         return cpu
+    return triton_kernels()
+
+
+def triton_kernels() -> ModuleType:
+    """The Triton kernels, imported when a CUDA tensor first arrives."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
@@ -160,33 +168,31 @@ def _implementation(device: str) -> ModuleType:
 
 def _register(device: str) -> None:
     def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
-        _check_operand("quantize", x)
-        _check_rule("quantize", rule, FORWARD_RULES)
+        check_operand("quantize", x)
+        check_rule("quantize", rule, FORWARD_RULES)
         return _implementation(device).quantize(x, rule)
 
     def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
-        _check_operand("quantize_grad", e)
-        _check_rule("quantize_grad", rule, BACKWARD_RULES)
-        return _implementation(device).quantize_grad(e, seeds, index, rule, transpose, _rank())
+        check_operand("quantize_grad", e)
+        check_rule("quantize_grad", rule, BACKWARD_RULES)
+        return _implementation(device).quantize_grad(e, seeds, index, rule, transpose, rank())
 
     def requantize(
         codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        _check_packed("requantize", codes, scales, tensor_scale)
-        _check_columns(codes, columns)
-        _check_rule("requantize", rule, BACKWARD_RULES)
-        return _implementation(device).requantize(codes, scales, tensor_scale, columns, seeds, index, rule, _rank())
+        check_packed("requantize", codes, scales, tensor_scale)
+        check_columns("requantize", codes, columns)
+        check_rule("requantize", rule, BACKWARD_RULES)
+        return _implementation(device).requantize(codes, scales, tensor_scale, columns, seeds, index, rule, rank())
 
     def matmul(
         a_codes: Tensor, a_scales: Tensor, a_tensor_scale: Tensor, b_codes: Tensor, b_scales: Tensor, b_tensor_scale: Tensor,
         bias: Tensor | None, scale: float, out_dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        _check_packed("matmul", a_codes, a_scales, a_tensor_scale)
-        _check_packed("matmul", b_codes, b_scales, b_tensor_scale)
-        _check_product(a_codes, b_codes, bias, out_dtype)
-        return _implementation(device).matmul(
-            a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype
-        )
+        check_packed("matmul", a_codes, a_scales, a_tensor_scale)
+        check_packed("matmul", b_codes, b_scales, b_tensor_scale)
+        check_product("matmul", _shape(a_codes), _shape(b_codes), bias, out_dtype)
+        return _implementation(device).matmul(a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype)
 
     for name, function in (("quantize", quantize), ("quantize_grad", quantize_grad), ("requantize", requantize), ("matmul", matmul)):
         _library.impl(name, function, device)

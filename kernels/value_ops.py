@@ -1,0 +1,169 @@
+"""Operators on the numbers that NVFP4 codes stand for: how GPUs without FP4 tensor cores multiply packed matrices.
+
+A code times its scales has at most six significant bits, and tensor scales are powers of two, so bfloat16 holds the product exactly. These
+*values*, not the codes, are what such a GPU multiplies. `passes.emulate` therefore replaces the operators of `ops`, once the graphs are
+split and it is settled what is saved, by ones that write values beside the packed matrix or in its place:
+
+``quantize_with_values(x, rule)``
+    x [M, K] -> codes, scales and tensor scale of ``quantize(x, rule)``, and values bfloat16 [M, ceil(K/16)*16].
+``grad_values(e, seeds, index, rule, transpose, scale)``
+    e [M, N] -> the values of ``quantize_grad`` times `scale`: [M, ceil(N/128)*128], transposed [N, ceil(M/128)*128].
+``grad_values_both(e, seeds, index, transposed_index, rule, scale)``
+    The same in both orientations, from one read of e.
+``requantize_values(codes, scales, tensor_scale, columns, seeds, index, rule)``
+    The values of ``requantize``: [columns, ceil(M/128)*128].
+``matmul_values(a, b, bias, out_dtype)``
+    a [M, K] times b [N, K] transposed, accumulated in float32, plus bias [N], rounded once.
+
+`scale` is a power of two: the 1/128 that undoes two rotations. Values beyond the range of bfloat16 are rounded to it, those of subnormal
+size too. A number that is not finite makes all values of its matrix NaN.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from quartet_compile.kernels import ops
+from quartet_compile.kernels.format import GROUP, ROTATION, Quantized, ceil_to
+
+_library = torch.library.Library("quartet", "FRAGMENT")
+for _schema in (
+    "quantize_with_values(Tensor x, str rule) -> (Tensor, Tensor, Tensor, Tensor)",
+    "grad_values(Tensor e, Tensor seeds, int index, str rule, bool transpose, float scale) -> Tensor",
+    "grad_values_both(Tensor e, Tensor seeds, int index, int transposed_index, str rule, float scale) -> (Tensor, Tensor)",
+    "requantize_values(Tensor codes, Tensor scales, Tensor tensor_scale, SymInt columns, Tensor seeds, int index, str rule) -> Tensor",
+    "matmul_values(Tensor a, Tensor b, Tensor? bias, ScalarType out_dtype) -> Tensor",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
+
+
+def _check_scale(op: str, scale: float) -> None:
+    if scale <= 0 or math.frexp(scale)[0] != 0.5:
+        raise ValueError(f"quartet.{op}: the scale must be a power of two, not {scale}")
+
+
+def _check_values(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
+        raise TypeError(f"quartet.matmul_values: values are bfloat16, got {a.dtype} and {b.dtype}")
+    ops.check_product("matmul_values", (a.shape[0], a.shape[1]), (b.shape[0], b.shape[1]), bias, out_dtype)
+
+
+def values_of(codes: Tensor, scales: Tensor, tensor_scale: Tensor, scale: float = 1.0) -> Tensor:
+    """What a packed matrix stands for, times a power of two: bfloat16 [M, K]. The definition that kernels are held to."""
+    return (Quantized(codes, scales, tensor_scale).dequantize_unscaled(torch.float32) * (tensor_scale * scale)).bfloat16()
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@torch.library.register_fake("quartet::quantize_with_values", lib=_library)
+def _quantize_with_values_fake(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed = torch.ops.quartet.quantize(x, rule)
+    return *packed, x.new_empty((x.shape[0], ceil_to(x.shape[1], GROUP)), dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("quartet::grad_values", lib=_library)
+def _grad_values_fake(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:
+    ops.check_operand("grad_values", e)
+    ops.check_rule("grad_values", rule, ops.BACKWARD_RULES)
+    _check_scale("grad_values", scale)
+    rows, columns = (e.shape[1], e.shape[0]) if transpose else (e.shape[0], e.shape[1])
+    return e.new_empty((rows, ceil_to(columns, ROTATION)), dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("quartet::grad_values_both", lib=_library)
+def _grad_values_both_fake(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float) -> tuple[Tensor, Tensor]:
+    return _grad_values_fake(e, seeds, index, rule, False, scale), _grad_values_fake(e, seeds, transposed_index, rule, True, scale)
+
+
+@torch.library.register_fake("quartet::requantize_values", lib=_library)
+def _requantize_values_fake(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
+) -> Tensor:
+    new_codes, _, _ = torch.ops.quartet.requantize(codes, scales, tensor_scale, columns, seeds, index, rule)
+    return new_codes.new_empty((new_codes.shape[0], new_codes.shape[1] * 2), dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("quartet::matmul_values", lib=_library)
+def _matmul_values_fake(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    _check_values(a, b, bias, out_dtype)
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+
+
+# ---------------------------------------------------------------- CPU: in terms of the packed operators, for tests
+
+
+def _quantize_with_values_cpu(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed = torch.ops.quartet.quantize(x, rule)
+    return *packed, values_of(*packed)
+
+
+def _grad_values_cpu(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:
+    _check_scale("grad_values", scale)
+    return values_of(*torch.ops.quartet.quantize_grad(e, seeds, index, rule, transpose), scale)
+
+
+def _grad_values_both_cpu(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float) -> tuple[Tensor, Tensor]:
+    return _grad_values_cpu(e, seeds, index, rule, False, scale), _grad_values_cpu(e, seeds, transposed_index, rule, True, scale)
+
+
+def _requantize_values_cpu(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
+) -> Tensor:
+    return values_of(*torch.ops.quartet.requantize(codes, scales, tensor_scale, columns, seeds, index, rule))
+
+
+def _matmul_values_cpu(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    _check_values(a, b, bias, out_dtype)
+    y = a.float() @ b.float().t()
+    return (y if bias is None else y + bias.float()).to(out_dtype)
+
+
+# ---------------------------------------------------------------- CUDA
+
+
+def _quantize_with_values_cuda(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ops.check_operand("quantize_with_values", x)
+    ops.check_rule("quantize_with_values", rule, ops.FORWARD_RULES)
+    return ops.triton_kernels().quantize_with_values(x, rule)
+
+
+def _grad_values_cuda(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:
+    indices = (None, index) if transpose else (index, None)
+    row, column = _grad_values_on_gpu("grad_values", e, seeds, *indices, rule, scale)
+    return column if transpose else row
+
+
+def _grad_values_both_cuda(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float) -> tuple[Tensor, Tensor]:
+    return _grad_values_on_gpu("grad_values_both", e, seeds, index, transposed_index, rule, scale)
+
+
+def _grad_values_on_gpu(
+    op: str, e: Tensor, seeds: Tensor, index: int | None, transposed_index: int | None, rule: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    ops.check_operand(op, e)
+    ops.check_rule(op, rule, ops.BACKWARD_RULES)
+    _check_scale(op, scale)
+    return ops.triton_kernels().grad_values(e, seeds, index, transposed_index, rule, scale, ops.rank())
+
+
+def _requantize_values_cuda(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
+) -> Tensor:
+    ops.check_packed("requantize_values", codes, scales, tensor_scale)
+    ops.check_columns("requantize_values", codes, columns)
+    ops.check_rule("requantize_values", rule, ops.BACKWARD_RULES)
+    return ops.triton_kernels().requantize_values(codes, scales, tensor_scale, columns, seeds, index, rule, ops.rank())
+
+
+def _matmul_values_cuda(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    _check_values(a, b, bias, out_dtype)
+    return ops.triton_kernels().matmul_values(a, b, bias, out_dtype)
+
+
+for _name in ("quantize_with_values", "grad_values", "grad_values_both", "requantize_values", "matmul_values"):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, globals()[f"_{_name}_{_device.lower()}"], _device)
