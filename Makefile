@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow test-gpu lint numerics clean
+.PHONY: demo test test-slow test-gpu lint numerics benchmarks clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,11 @@ test-gpu: $(VENV)/ready
 
 numerics: $(VENV)/ready
 	$(BIN)/python benchmarks/numerics.py
+
+benchmarks: $(VENV)/ready
+	$(BIN)/python benchmarks/quantizers.py
+	$(BIN)/python benchmarks/linear.py
+	$(BIN)/python benchmarks/train_step.py
 
 # mypy reads the wheel, because the folders passes/ and kernels/ get their package names only when they are installed.
 lint: $(VENV)/ready

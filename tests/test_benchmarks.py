@@ -1,0 +1,70 @@
+"""The benchmarks run: tables and JSON of the smoke tests on the CPU, and a clear end where there is no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+OPERATORS = [
+    "copy", "quantize", "quantize_with_values", "quantize_grad row", "quantize_grad transposed", "grad_values row",
+    "grad_values transposed", "grad_values both", "requantize", "requantize_values", "dequantize",
+]  # fmt: skip
+
+
+def run(script: str, *options: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return subprocess.run([sys.executable, str(BENCHMARKS / script), *options], capture_output=True, text=True, env=environment)
+
+
+def smoke_test(script: str, tmp_path: Path) -> tuple[list[str], list[dict]]:
+    """(lines of the table, rows of the JSON)"""
+    file = tmp_path / "figures.json"
+    done = run(script, "--cpu", "--quick", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    first, *table = done.stdout.splitlines()
+    assert first.startswith("device CPU")
+    assert max(map(len, table)) <= 130
+    content = json.loads(file.read_text())
+    assert set(content) == {"environment", "rows"}
+    assert set(content["environment"]) == {"device", "torch", "triton"}
+    return table, content["rows"]
+
+
+def test_quantizers(tmp_path):
+    table, rows = smoke_test("quantizers.py", tmp_path)
+    assert [row["operator"] for row in rows] == OPERATORS
+    for line, row in zip(table[1:], rows, strict=True):
+        assert row["operator"] in line
+    *measured, dequantize = rows
+    assert dequantize["seconds"] is None
+    assert table[-1].endswith("on a GPU only")
+    for row in measured:
+        assert row["seconds"] > 0
+        assert row["of_copy"] == pytest.approx(row["bytes_per_second"] / rows[0]["bytes_per_second"])
+    bytes_per_element = [round(row["bytes_per_element"], 2) for row in measured]
+    assert bytes_per_element == [4, 2.56, 4.56, 2.56, 2.56, 4, 4, 6, 1.13, 2.56]
+
+
+def test_linear(tmp_path):
+    table, rows = smoke_test("linear.py", tmp_path)
+    assert len(table) == 2
+    (row,) = rows
+    assert table[1].startswith(f"{row['in']} -> {row['out']}")
+    assert row["rewritten"]
+    assert row["speed"] == pytest.approx(row["bf16_seconds"] / row["quartet_seconds"])
+    assert row["ceiling"] == pytest.approx(row["bf16_seconds"] / (row["gemm_seconds"] + row["quantizer_seconds"]))
+    assert row["bf16_peak_bytes"] is row["quartet_peak_bytes"] is None
+    assert {"bf16", "quartet", "gemm y", "gemm dx", "gemm dw", "copy"} == set(row["timings"])
+
+
+@pytest.mark.parametrize("script", ["quantizers.py", "linear.py", "train_step.py"])
+def test_without_a_gpu_one_line_says_so(script):
+    done = run(script, "--quick")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"{script}: no CUDA GPU")
