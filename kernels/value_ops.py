@@ -6,14 +6,19 @@ split and it is settled what is saved, by ones that write values beside the pack
 
 ``quantize_with_values(x, rule)``
     x [M, K] -> codes, scales and tensor scale of ``quantize(x, rule)``, and values bfloat16 [M, ceil(K/16)*16].
-``grad_values(e, seeds, index, rule, transpose, scale)``
+``rotations(seeds)``
+    The matrix of each rotation of a step, signs included: bfloat16 [n, 128, 128]. The operators below read it.
+``grad_values(e, rotations, seeds, index, rule, transpose, scale)``
     e [M, N] -> the values of ``quantize_grad`` times `scale`: [M, ceil(N/128)*128], transposed [N, ceil(M/128)*128].
-``grad_values_both(e, seeds, index, transposed_index, rule, scale)``
+``grad_values_both(e, rotations, seeds, index, transposed_index, rule, scale)``
     The same in both orientations, from one read of e.
-``requantize_values(codes, scales, tensor_scale, columns, seeds, index, rule)``
+``requantize_values(codes, scales, tensor_scale, columns, rotations, seeds, index, rule)``
     The values of ``requantize``: [columns, ceil(M/128)*128].
 ``matmul_values(a, b, bias, out_dtype)``
     a [M, K] times b [N, K] transposed, accumulated in float32, plus bias [N], rounded once.
+
+Rotated operands are multiplied with each other only, so the order of their columns is free as long as it is the same: within each 128 they
+stand in `product_order`, in which a GPU's threads write what they hold without passing it around.
 
 `scale` is a power of two: the 1/128 that undoes two rotations. Values beyond the range of bfloat16 are rounded to it, those of subnormal
 size too. A number that is not finite makes all values of its matrix NaN.
@@ -26,15 +31,18 @@ import math
 import torch
 from torch import Tensor
 
-from quartet_compile.kernels import ops
+from quartet_compile.kernels import ops, philox, reference
 from quartet_compile.kernels.format import GROUP, ROTATION, Quantized, ceil_to
 
 _library = torch.library.Library("quartet", "FRAGMENT")
 for _schema in (
     "quantize_with_values(Tensor x, str rule) -> (Tensor, Tensor, Tensor, Tensor)",
-    "grad_values(Tensor e, Tensor seeds, int index, str rule, bool transpose, float scale) -> Tensor",
-    "grad_values_both(Tensor e, Tensor seeds, int index, int transposed_index, str rule, float scale) -> (Tensor, Tensor)",
-    "requantize_values(Tensor codes, Tensor scales, Tensor tensor_scale, SymInt columns, Tensor seeds, int index, str rule) -> Tensor",
+    "rotations(Tensor seeds) -> Tensor",
+    "grad_values(Tensor e, Tensor rotations, Tensor seeds, int index, str rule, bool transpose, float scale) -> Tensor",
+    "grad_values_both(Tensor e, Tensor rotations, Tensor seeds, int index, int transposed_index, str rule, float scale)"
+    " -> (Tensor, Tensor)",
+    "requantize_values(Tensor codes, Tensor scales, Tensor tensor_scale, SymInt columns, Tensor rotations, Tensor seeds, int index,"
+    " str rule) -> Tensor",
     "matmul_values(Tensor a, Tensor b, Tensor? bias, ScalarType out_dtype) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
@@ -51,9 +59,20 @@ def _check_values(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dt
     ops.check_product("matmul_values", (a.shape[0], a.shape[1]), (b.shape[0], b.shape[1]), bias, out_dtype)
 
 
-def values_of(codes: Tensor, scales: Tensor, tensor_scale: Tensor, scale: float = 1.0) -> Tensor:
+def values_of(codes: Tensor, scales: Tensor, tensor_scale: Tensor, *, scale: float = 1.0) -> Tensor:
     """What a packed matrix stands for, times a power of two: bfloat16 [M, K]. The definition that kernels are held to."""
     return (Quantized(codes, scales, tensor_scale).dequantize_unscaled(torch.float32) * (tensor_scale * scale)).bfloat16()
+
+
+def product_order(values: Tensor) -> Tensor:
+    """[M, 128 n] with the columns of each 128 reordered: their sixteen chunks of eight as a 4 x 4 matrix, transposed. Its own inverse."""
+    return values.unflatten(1, (-1, 4, 4, 8)).transpose(2, 3).flatten(1)
+
+
+def rotation_matrix(seed: int) -> Tensor:
+    """float32 [128, 128]: x @ it is x rotated, columns in the order in which tensor cores hand a thread whole groups of 16."""
+    matrix = reference.rotate(torch.eye(ROTATION), philox.rotation_signs(seed))
+    return matrix.unflatten(1, (4, 16, 2)).transpose(1, 2).flatten(1)
 
 
 # ---------------------------------------------------------------- shapes
@@ -65,8 +84,13 @@ def _quantize_with_values_fake(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Te
     return *packed, x.new_empty((x.shape[0], ceil_to(x.shape[1], GROUP)), dtype=torch.bfloat16)
 
 
+@torch.library.register_fake("quartet::rotations", lib=_library)
+def _rotations_fake(seeds: Tensor) -> Tensor:
+    return seeds.new_empty((seeds.shape[0], ROTATION, ROTATION), dtype=torch.bfloat16)
+
+
 @torch.library.register_fake("quartet::grad_values", lib=_library)
-def _grad_values_fake(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:
+def _grad_values_fake(e: Tensor, rotations: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:
     ops.check_operand("grad_values", e)
     ops.check_rule("grad_values", rule, ops.BACKWARD_RULES)
     _check_scale("grad_values", scale)
@@ -75,13 +99,17 @@ def _grad_values_fake(e: Tensor, seeds: Tensor, index: int, rule: str, transpose
 
 
 @torch.library.register_fake("quartet::grad_values_both", lib=_library)
-def _grad_values_both_fake(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float) -> tuple[Tensor, Tensor]:
-    return _grad_values_fake(e, seeds, index, rule, False, scale), _grad_values_fake(e, seeds, transposed_index, rule, True, scale)
+def _grad_values_both_fake(
+    e: Tensor, rotations: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _grad_values_fake(e, rotations, seeds, index, rule, False, scale), _grad_values_fake(
+        e, rotations, seeds, transposed_index, rule, True, scale
+    )
 
 
 @torch.library.register_fake("quartet::requantize_values", lib=_library)
 def _requantize_values_fake(
-    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, rotations: Tensor, seeds: Tensor, index: int, rule: str
 ) -> Tensor:
     new_codes, _, _ = torch.ops.quartet.requantize(codes, scales, tensor_scale, columns, seeds, index, rule)
     return new_codes.new_empty((new_codes.shape[0], new_codes.shape[1] * 2), dtype=torch.bfloat16)
@@ -101,19 +129,27 @@ def _quantize_with_values_cpu(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Ten
     return *packed, values_of(*packed)
 
 
-def _grad_values_cpu(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:
+def _rotations_cpu(seeds: Tensor) -> Tensor:
+    return torch.stack([rotation_matrix(philox.seed_for_rank(seed, ops.rank())) for seed in seeds.tolist()]).bfloat16()
+
+
+def _grad_values_cpu(e: Tensor, rotations: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:
     _check_scale("grad_values", scale)
-    return values_of(*torch.ops.quartet.quantize_grad(e, seeds, index, rule, transpose), scale)
+    return product_order(values_of(*torch.ops.quartet.quantize_grad(e, seeds, index, rule, transpose), scale=scale))
 
 
-def _grad_values_both_cpu(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float) -> tuple[Tensor, Tensor]:
-    return _grad_values_cpu(e, seeds, index, rule, False, scale), _grad_values_cpu(e, seeds, transposed_index, rule, True, scale)
+def _grad_values_both_cpu(
+    e: Tensor, rotations: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _grad_values_cpu(e, rotations, seeds, index, rule, False, scale), _grad_values_cpu(
+        e, rotations, seeds, transposed_index, rule, True, scale
+    )
 
 
 def _requantize_values_cpu(
-    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, rotations: Tensor, seeds: Tensor, index: int, rule: str
 ) -> Tensor:
-    return values_of(*torch.ops.quartet.requantize(codes, scales, tensor_scale, columns, seeds, index, rule))
+    return product_order(values_of(*torch.ops.quartet.requantize(codes, scales, tensor_scale, columns, seeds, index, rule)))
 
 
 def _matmul_values_cpu(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -131,32 +167,38 @@ def _quantize_with_values_cuda(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Te
     return ops.triton_kernels().quantize_with_values(x, rule)
 
 
-def _grad_values_cuda(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:
-    indices = (None, index) if transpose else (index, None)
-    row, column = _grad_values_on_gpu("grad_values", e, seeds, *indices, rule, scale)
+def _rotations_cuda(seeds: Tensor) -> Tensor:
+    return ops.triton_kernels().rotations(seeds, ops.rank())
+
+
+def _grad_values_cuda(e: Tensor, rotations: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:
+    straight, turned = (None, index) if transpose else (index, None)
+    row, column = _grad_values_on_gpu("grad_values", e, rotations, seeds, straight, turned, rule, scale)
     return column if transpose else row
 
 
-def _grad_values_both_cuda(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float) -> tuple[Tensor, Tensor]:
-    return _grad_values_on_gpu("grad_values_both", e, seeds, index, transposed_index, rule, scale)
+def _grad_values_both_cuda(
+    e: Tensor, rotations: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _grad_values_on_gpu("grad_values_both", e, rotations, seeds, index, transposed_index, rule, scale)
 
 
 def _grad_values_on_gpu(
-    op: str, e: Tensor, seeds: Tensor, index: int | None, transposed_index: int | None, rule: str, scale: float
+    op: str, e: Tensor, rotations: Tensor, seeds: Tensor, index: int | None, transposed_index: int | None, rule: str, scale: float
 ) -> tuple[Tensor, Tensor]:
     ops.check_operand(op, e)
     ops.check_rule(op, rule, ops.BACKWARD_RULES)
     _check_scale(op, scale)
-    return ops.triton_kernels().grad_values(e, seeds, index, transposed_index, rule, scale, ops.rank())
+    return ops.triton_kernels().grad_values(e, rotations, seeds, index, transposed_index, rule, scale, ops.rank())
 
 
 def _requantize_values_cuda(
-    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, rotations: Tensor, seeds: Tensor, index: int, rule: str
 ) -> Tensor:
     ops.check_packed("requantize_values", codes, scales, tensor_scale)
     ops.check_columns("requantize_values", codes, columns)
     ops.check_rule("requantize_values", rule, ops.BACKWARD_RULES)
-    return ops.triton_kernels().requantize_values(codes, scales, tensor_scale, columns, seeds, index, rule, ops.rank())
+    return ops.triton_kernels().requantize_values(codes, scales, tensor_scale, columns, rotations, seeds, index, rule, ops.rank())
 
 
 def _matmul_values_cuda(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -164,6 +206,6 @@ def _matmul_values_cuda(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: to
     return ops.triton_kernels().matmul_values(a, b, bias, out_dtype)
 
 
-for _name in ("quantize_with_values", "grad_values", "grad_values_both", "requantize_values", "matmul_values"):
+for _name in ("quantize_with_values", "rotations", "grad_values", "grad_values_both", "requantize_values", "matmul_values"):
     for _device in ("CPU", "CUDA"):
         _library.impl(_name, globals()[f"_{_name}_{_device.lower()}"], _device)

@@ -22,15 +22,12 @@ from torch._inductor import inductor_prims  # noqa: F401  (registers prims.induc
 from torch.fx import Graph, Node
 
 from quartet_compile.passes.match import Gradient, Operand, Site
+from quartet_compile.passes.nodes import add_call
 from quartet_compile.passes.recipe import Cell, Product, Recipe
 
 quartet = torch.ops.quartet
 
 IN_BACKWARD = "must_be_in_backward"
-
-COPIED_META = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace", "seq_nr", "custom", "autograd_backward", "recompute", "ac_graph_id")
-"""What a new node inherits from the product it replaces; the last two keep activation checkpointing working."""
-
 
 class PackedNodes(NamedTuple):
     """An NVFP4 operand in the graph."""
@@ -92,19 +89,8 @@ class _Writer:
     # -- single nodes
 
     def call(self, target: Any, args: tuple[Any, ...], like: Node, name: str, tag: str | None = None) -> Node:
-        """A node that computes `target(*args)`, with the metadata of the product `like`."""
-        node = self.graph.create_node("call_function", target, args, name=name)
+        node = add_call(self.graph, target, args, like, name, tag)
         self.added.append(node)
-        node.meta.update({key: like.meta[key] for key in COPIED_META if key in like.meta})
-        tag = tag or like.meta.get("partitioner_tag")
-        if tag is not None:
-            node.meta["partitioner_tag"] = tag
-        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        if target is operator.getitem:
-            node.meta["val"] = values[0][values[1]]
-        else:
-            with like.meta["val"].fake_mode:
-                node.meta["val"] = target(*values)
         return node
 
     def call_packed(self, target: Any, args: tuple[Any, ...], like: Node, name: str, tag: str | None = None) -> PackedNodes:

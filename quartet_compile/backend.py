@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
+from quartet_compile.passes.emulate import EmulationPass
 from quartet_compile.passes.locate import dotted
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
 from quartet_compile.passes.place import SCOPE_KEY
@@ -24,6 +25,7 @@ from quartet_compile.passes.place import SCOPE_KEY
 log = logging.getLogger("quartet_compile")
 
 PASS_FIELD = "joint_custom_pre_pass"
+EMULATION_FIELD = "post_grad_custom_pre_pass"
 
 aten = torch.ops.aten
 
@@ -49,12 +51,12 @@ def inductor_patches(
     gm: GraphModule, example_inputs: Sequence[Any], ours: Options, inductor_options: Mapping[str, Any], mode: str | None,
     scope: str | None, on_result: Callable[[Result], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Inductor's settings for one compilation: the user's own, with our pass behind the user's joint passes."""
+    """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(mode or ours.mode, inductor_options)
-    own = patches.get(PASS_FIELD, torch._inductor.config.joint_custom_pre_pass)
     rewriting = QuartetPass(parameter_names(gm, example_inputs), ours.policy(scope), fingerprint(gm), on_result)
-    users = compat.custom_passes(own)
-    patches[PASS_FIELD] = compat.PassSequence([*users, rewriting]) if users else rewriting
+    for field, ours_there in ((PASS_FIELD, rewriting), (EMULATION_FIELD, EmulationPass())):
+        users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))
+        patches[field] = compat.PassSequence([*users, ours_there]) if users else ours_there
     return patches
 
 

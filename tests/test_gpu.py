@@ -51,13 +51,13 @@ def test_a_training_step_equals_the_independent_recipe(dtype: torch.dtype, bias:
     from quartet_compile.kernels import triton_kernels
 
     seen: dict[bool, int] = {}
-    original = triton_kernels.quantize_grad
+    original = triton_kernels.grad_values
 
-    def watching(e: torch.Tensor, seeds: torch.Tensor, index: int, rule: str, transpose: bool, rank: int) -> Any:
-        seen[transpose] = int(seeds[index])
-        return original(e, seeds, index, rule, transpose, rank)
+    def watching(e: torch.Tensor, rotations: torch.Tensor, seeds: torch.Tensor, index: int, transposed_index: int, *rest: Any) -> Any:
+        seen.update({False: int(seeds[index]), True: int(seeds[transposed_index])})
+        return original(e, rotations, seeds, index, transposed_index, *rest)
 
-    monkeypatch.setattr(triton_kernels, "quantize_grad", watching)
+    monkeypatch.setattr(triton_kernels, "grad_values", watching)
     model = nn.Linear(200, 150, bias=bias).to("cuda", dtype)
     x = torch.randn(130, 200, device="cuda", dtype=dtype, requires_grad=True)
     y = torch.compile(model, backend="quartet")(x)

@@ -8,6 +8,7 @@ from torch import Tensor
 from triton_support import DTYPES, assert_equal, assert_near_ties_only, differences, matrix, reference_grad, seeds_on
 
 from quartet_compile.kernels import reference_ops
+from quartet_compile.kernels.value_ops import product_order, values_of
 
 pytest.importorskip("triton")
 
@@ -32,6 +33,50 @@ def test_large_matrices(dtype, shape):
     print("requantize:", end=" ")
     expected = reference_ops.requantize(*(t.cpu() for t in packed), shape[1], seeds_on("cpu"), 0, "ms_eden", 0)
     assert_near_ties_only(differences(ours, expected))
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (1000, 5000), (16384, 768)])
+def test_values_of_large_matrices(shape):
+    x = matrix("outliers", shape, torch.bfloat16, "cuda")
+    seeds = seeds_on("cuda")
+    rotations = triton_kernels.rotations(seeds, 0)
+    packed = triton_kernels.quantize(x, "four_over_six")
+    again = reference_ops.requantize(*(t.cpu() for t in packed), shape[1], seeds_on("cpu"), 0, "ms_eden", 0)
+    row, column = triton_kernels.grad_values(x, rotations, seeds, 0, 1, "ms_eden", 2.0**-7, 0)
+    results = {
+        "row": (row, product_order(values_of(*reference_grad(x, 0, False, 0), scale=2.0**-7))),
+        "column": (column, product_order(values_of(*reference_grad(x, 1, True, 0), scale=2.0**-7))),
+        "requantized": (
+            triton_kernels.requantize_values(*packed, shape[1], rotations, seeds, 0, "ms_eden", 0),
+            product_order(values_of(*again)),
+        ),
+        "forward": (
+            triton_kernels.quantize_with_values(x, "four_over_six")[3],
+            values_of(*reference_ops.quantize(x.cpu(), "four_over_six")),
+        ),
+    }
+    for name, (ours, expected) in results.items():
+        different = (ours.cpu() != expected).unflatten(1, (-1, 8)).any(2)
+        print(f"{shape} {name}: {int(different.sum())} of {different.numel()} eighths of a row differ")
+        assert int(different.sum()) <= (0 if name == "forward" else (8 * 1.4e-5 + 2 * 1.6e-5) * different.numel())
+
+
+def test_values_of_more_than_two_to_the_31_elements():
+    """As below: a tall matrix of equal strips, whose values differ by their random numbers alone, so by a rounding of the scale."""
+    strip = matrix("gauss", (256, 8192), torch.bfloat16, "cuda")
+    strips = 2**31 // strip.numel() + 2
+    x = strip.repeat(strips, 1)
+    forward, expected = (triton_kernels.quantize_with_values(t, "four_over_six")[3] for t in (x, strip))
+    assert (forward.view(strips, 256, -1) == expected).all()
+    del forward
+    seeds = seeds_on("cuda")
+    rotations = triton_kernels.rotations(seeds, 0)
+    for asked in ((0, None), (None, 1)):
+        big, small = (
+            next(v for v in triton_kernels.grad_values(t, rotations, seeds, *asked, "ms_eden", 1.0, 0) if v is not None) for t in (x, strip)
+        )
+        big, small = (big.view(strips, 256, -1), small) if asked[1] is None else (big.view(8192, strips, -1), small.unsqueeze(1))
+        assert ((big - small).abs() <= small.abs() / 7.9).all()
 
 
 def test_more_than_two_to_the_31_elements():

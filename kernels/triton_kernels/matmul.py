@@ -59,5 +59,10 @@ def matmul(
         raise ValueError(f"the scale of a product must be a power of two, not {scale}")
     a = dequantize(a_codes, a_scales, a_tensor_scale, b_tensor_scale, exponent - 1, second=False)
     b = dequantize(b_codes, b_scales, a_tensor_scale, b_tensor_scale, exponent - 1, second=True)
+    return matmul_values(a, b, bias, out_dtype)
+
+
+def matmul_values(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """bfloat16 a [M, K] times b [N, K] transposed, accumulated in float32, plus bias [N], rounded once to `out_dtype`."""
     with _full_precision_sums():
         return _product(a, b, bias, out_dtype)

@@ -45,6 +45,25 @@ def to_float32(x):
     return from_bits(x.to(tl.int16, bitcast=True).to(tl.int32) << 16) if x.dtype == tl.bfloat16 else x.to(tl.float32)
 
 
+@triton.jit
+def to_bfloat16(x):
+    """Nearest, ties to even. The interpreter's own conversion truncates."""
+    if INTERPRET:
+        bits = bits_of(x)
+        x = tl.where(x == x, from_bits((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536), x)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to an ulp, where both are normal numbers: for decisions that an ulp does not move, or moves at near-ties only."""
+    if INTERPRET:
+        r = 1.0 / x
+    else:
+        r = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return r
+
+
 # ---------------------------------------------------------------- tensor scales
 
 

@@ -21,10 +21,16 @@ def seed_of_rank(seeds, index, rank):
 
 
 @triton.jit
+def word(seed, group, row, STREAM: tl.constexpr):
+    """32 random bits as int32, at the counters (group, row, STREAM, 0). group, row: int32 of one shape."""
+    first, _, _, _ = tl.philox(seed, group, row, tl.full(group.shape, STREAM, tl.int32), tl.zeros(group.shape, tl.int32))
+    return first.to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def uniform(seed, group, row, STREAM: tl.constexpr):
-    """Numbers in [0, 1), multiples of 2^-24, at the counters (group, row, STREAM, 0). group, row: int32 of one shape."""
-    word, _, _, _ = tl.philox(seed, group, row, tl.full(group.shape, STREAM, tl.int32), tl.zeros(group.shape, tl.int32))
-    return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
+    """Numbers in [0, 1), multiples of 2^-24: the upper 24 bits of `word`."""
+    return ((word(seed, group, row, STREAM) >> 8) & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
 
 
 @triton.jit

@@ -10,11 +10,14 @@ PERMUTED: on Hopper a thread holds the accumulator columns 8j + 2c and 8j + 2c +
 therefore permuted so that they are the logical columns 32c + 2j and 32c + 2j + 1: each thread then owns whole groups of 16.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from quartet_compile.kernels.triton_kernels.launch import on_device_of
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, bits_of, from_bits, to_float32
-from quartet_compile.kernels.triton_kernels.random import rotation_sign_bits
+from quartet_compile.kernels.triton_kernels.random import rotation_sign_bits, seed_of_rank
 
 
 @triton.jit
@@ -33,6 +36,31 @@ def signed_hadamard(seed, DTYPE: tl.constexpr, PERMUTED: tl.constexpr):
     odd = (parity ^ rotation_sign_bits(seed, i)[:, None]) & 1
     ENTRY: tl.constexpr = tl.float16 if DTYPE is tl.float16 else tl.bfloat16
     return (1 - 2 * odd).to(tl.float32).to(ENTRY)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def rotations_kernel(seeds, rank, out):
+    """The matrix [128, 128] of one rotation a program, columns permuted."""
+    i = tl.arange(0, 128)
+    matrix = signed_hadamard(seed_of_rank(seeds, tl.program_id(0), rank), tl.bfloat16, True)
+    tl.store(out + tl.program_id(0).to(tl.int64) * 16384 + i[:, None] * 128 + i[None, :], matrix)
+
+
+def rotations(seeds: Tensor, rank: int) -> Tensor:
+    """The matrices of the rotations of int64 seeds [n]: bfloat16 [n, 128, 128], for kernels whose programs are too short to make them."""
+    out = torch.empty((seeds.shape[0], 128, 128), dtype=torch.bfloat16, device=seeds.device)
+    if seeds.numel():
+        with on_device_of(seeds):
+            rotations_kernel[(seeds.shape[0],)](seeds, rank, out, num_warps=8)
+    return out
+
+
+@triton.jit
+def load_rotation(rotations, index, DTYPE: tl.constexpr):
+    """Matrix `index`, +1 and -1, in the dtype in which x of dtype DTYPE is multiplied."""
+    i = tl.arange(0, 128)
+    matrix = tl.load(rotations + index * 16384 + i[:, None] * 128 + i[None, :])
+    return to_float32(matrix).to(tl.float16) if DTYPE is tl.float16 else matrix
 
 
 @triton.jit

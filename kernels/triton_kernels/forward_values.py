@@ -1,0 +1,237 @@
+"""The deterministic rules in one pass over the matrix, with or without the bfloat16 values that the codes stand for.
+
+Dividing by the tensor scale g, a power of two, moves the exponent of a group's scale and nothing else, as long as the scale is a normal
+E4M3 number. Codes and values then need no g: the first pass, over the matrix, writes them, and of each group scale a byte with its exponent
+relative to the largest magnitude of its *block* of groups, which it writes too. The second pass reads a byte a group and all the blocks'
+magnitudes, hence knows g, and writes E4M3. It quantizes again, exactly as `forward` does, where that reasoning does not hold: the 256
+groups around a scale near or in E4M3's subnormal range, and everything if g is near an end of float32 or a number is not finite.
+
+Bytes an element of a bfloat16 matrix: 2 read, 0.5625 written and 2 more with values; the second pass, 0.125, mostly meets the L2 cache.
+
+The choice between four and six is the reference's, too. The first pass computes errors in a unit n of the group's, a quarter of the binade
+of its maximum, instead of g: the same float32 numbers but for underflow, that is but for squares below 2^-113 n^2 (2^-126 g^2; a normal
+scale makes g at most 2^6.5 n). A sum of 16 takes four additions, and a term below 2^-25 of the other one is lost in an addition: sums
+from 2^-13 n^2 on are the same in both units. If both sums are smaller, each candidate is within 2^-6.5 n of each element; both candidates
+are multiples of n / 32, hence equal, and so are both sums in either unit: six is chosen.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quartet_compile.kernels.format import E2M1_MAX, GROUP, ceil_to
+from quartet_compile.kernels.reference import SCALE_CEILING
+from quartet_compile.kernels.triton_kernels.forward import _candidate, _group_scale
+from quartet_compile.kernels.triton_kernels.forward_words import four_bits, origin_of, provisional_scale, round_words_kernel
+from quartet_compile.kernels.triton_kernels.launch import EXACT, empty_packed, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.numbers import (
+    FINITE,
+    bits_of,
+    e2m1_value,
+    from_bits,
+    magnitude_bits,
+    tensor_scale,
+    to_float32,
+)
+
+_E2M1_MAX = tl.constexpr(E2M1_MAX)
+_SMALLEST_G = tl.constexpr(2.0**-90)
+_LARGEST_G = tl.constexpr(2.0**100)
+_SMALLEST_SCALE = tl.constexpr(13)
+"""E4M3 byte of 1.625 * 2^-6: if four's scale is not below it, neither is six's below 2^-6, the smallest normal number."""
+
+WORDS_BLOCK, ANY_BLOCK = 512, 256
+"""Groups of a program of the first pass, and of a magnitude that it writes."""
+CHUNK = 8192
+"""Groups that a program of the second pass looks at together."""
+REPAIRED = 256
+"""Groups that the second pass quantizes again if it must one of them: at most a block, at least 1/32 of a chunk."""
+WIDTH = 4096
+"""Magnitudes that the second pass reads together."""
+
+
+# ---------------------------------------------------------------- first pass, any numbers
+
+
+@triton.jit
+def _load_groups(x, first, groups, columns, groups_per_row, RAGGED: tl.constexpr, BLOCK: tl.constexpr):
+    """Groups first, first + 1, ... of contiguous x [M, columns] -> f32 [BLOCK, 16], zeros behind the end of a row."""
+    i = tl.arange(0, BLOCK)
+    j = tl.arange(0, 8)[None, :]
+    present = (first + i < groups)[:, None]
+    # Two loads of 8 elements, so that with 16-bit inputs the 16 of a group meet in one thread.
+    if RAGGED:
+        column = (first + i) % groups_per_row * 16
+        start = x + ((first + i) // groups_per_row * columns + column)[:, None]
+        left = columns - column[:, None]
+        front = tl.load(start + j, mask=present & (j < left), other=0.0)
+        back = tl.load(start + j + 8, mask=present & (j + 8 < left), other=0.0)
+    else:
+        start = x + first * 16 + i[:, None] * 16
+        front = tl.load(start + j, mask=present, other=0.0)
+        back = tl.load(start + j + 8, mask=present, other=0.0)
+    return tl.join(to_float32(front), to_float32(back)).permute(0, 2, 1).reshape(BLOCK, 16)
+
+
+@triton.jit
+def _store_codes_and_values(codes, values, first, groups, byte, factor, VALUES: tl.constexpr, BLOCK: tl.constexpr):
+    """Code bytes int32 [BLOCK, 8] and, times `factor` f32 [BLOCK], the numbers they stand for: rounded to bfloat16 in integers."""
+    i = tl.arange(0, BLOCK)
+    present = (first + i < groups)[:, None]
+    tl.store(codes + first * 8 + i[:, None] * 8 + tl.arange(0, 8)[None, :], byte.to(tl.uint8), mask=present)
+    if VALUES:
+        numbers = tl.join(e2m1_value(byte & 15), e2m1_value(byte >> 4)).reshape(BLOCK, 16) * factor[:, None]
+        bits = bits_of(numbers)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(numbers == numbers, rounded, 0x7FC0)
+        tl.store(values + first * 16 + i[:, None] * 16 + tl.arange(0, 16)[None, :], rounded.to(tl.int16), mask=present)
+
+
+@triton.jit
+def round_any_kernel(
+    x, codes, scales, values, peaks, groups, columns, groups_per_row,
+    FOUR: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `round_words_kernel`, with IEEE divisions in float32: contiguous x [M, columns] -> codes u8, values int16, the rest alike."""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    i = tl.arange(0, BLOCK)
+    numbers = _load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK)
+    peak = tl.max(magnitude_bits(numbers), 1)
+    block_peak = tl.max(peak, 0)
+    tl.store(peaks + tl.program_id(0), block_peak)
+    binade = peak & FINITE
+    unit = from_bits(-binade & 0x7FFFFFFF)
+    even, odd = tl.split((numbers * unit[:, None]).reshape(BLOCK, 8, 2))
+    base = tl.div_rn(from_bits((peak & 0x7FFFFF) | 0x40800000), _E2M1_MAX)
+    s = four_bits(base)
+    byte, error = _candidate(even, odd, s, NATIVE)
+    if FOUR:
+        s4 = four_bits(base * 1.5)
+        byte4, error4 = _candidate(even, odd, s4, NATIVE)
+        four = error4 < error
+        s = tl.where(four, s4, s)
+        byte = tl.where(four[:, None], byte4, byte)
+    byte = tl.where((peak != 0)[:, None], byte, 0)
+    s_bits = bits_of(s) + binade - 0x40800000
+    tl.store(scales + first + i, provisional_scale(s_bits, peak, block_peak).to(tl.uint8), mask=first + i < groups)
+    _store_codes_and_values(codes, values, first, groups, byte, from_bits(s_bits & 0x7FFFFFFF), VALUES, BLOCK)
+
+
+# ---------------------------------------------------------------- second pass
+
+
+@triton.jit
+def _quantize_again(
+    x, codes, scales, values, g, finite, first, groups, columns, groups_per_row,
+    FOUR: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Groups first, first + 1, ... as `forward.round_groups_kernel` quantizes them, with their values."""
+    i = tl.arange(0, BLOCK)
+    numbers = _load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK)
+    peak = tl.max(tl.abs(numbers), 1)
+    inverse = tl.div_rn(1.0, g)
+    base = tl.div_rn(peak, _E2M1_MAX) * inverse
+    even, odd = tl.split((numbers * inverse).reshape(BLOCK, 8, 2))
+    bits, s = _group_scale(base)
+    byte, error = _candidate(even, odd, s, NATIVE)
+    if FOUR:
+        bits4, s4 = _group_scale(base * 1.5)
+        byte4, error4 = _candidate(even, odd, s4, NATIVE)
+        four = error4 < error
+        bits = tl.where(four, bits4, bits)
+        s = tl.where(four, s4, s)
+        byte = tl.where(four[:, None], byte4, byte)
+    byte = tl.where(((peak > 0) & finite)[:, None], byte, 0)
+    tl.store(scales + first + i, tl.where(finite, bits, 0).to(tl.uint8), mask=first + i < groups)
+    _store_codes_and_values(codes, values, first, groups, byte, tl.where(finite, s * g, float("nan")), VALUES, BLOCK)
+
+
+@triton.jit
+def align_scales_kernel(
+    x, codes, scales, values, peaks, out_tensor_scale, groups, columns, groups_per_row,
+    CEILING: tl.constexpr, FOUR: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK: tl.constexpr, REPAIRED: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Provisional scales -> E4M3 in place, and the tensor scale; groups whose codes may depend on g are quantized again.
+
+    Any number of programs, each reads all of `peaks`, WIDTH at a time. values: int16.
+    """
+    blocks = tl.cdiv(groups, BLOCK)
+    whole = blocks // 16 * 16  # as many as can be loaded four at a time
+    rest = whole + tl.arange(0, 16)
+    largest = tl.zeros((WIDTH,), tl.int32) + tl.max(tl.load(peaks + rest, mask=rest < blocks, other=0), 0)
+    for start in range(0, whole, WIDTH):
+        i = start + tl.arange(0, WIDTH)
+        largest = tl.maximum(largest, tl.load(peaks + i, mask=i < whole, other=0))
+    g, finite = tensor_scale(tl.max(largest, 0), CEILING, _E2M1_MAX)
+    if tl.program_id(0) == 0:
+        tl.store(out_tensor_scale, tl.where(finite, g, float("nan")))
+    everything = ((g < _SMALLEST_G) | (g > _LARGEST_G) | (finite == 0)).to(tl.int32)
+    g_origin = ((bits_of(g) >> 23) - 7) * 8
+    row = tl.arange(0, CHUNK // REPAIRED)
+    offset = row[:, None] * REPAIRED + tl.arange(0, REPAIRED)[None, :]
+    for chunk in range(tl.program_id(0), tl.cdiv(groups, CHUNK), tl.num_programs(0)):
+        first = tl.cast(chunk, tl.int64) * CHUNK
+        present = first + offset < groups
+        block = chunk * (CHUNK // BLOCK) + row // (BLOCK // REPAIRED)
+        origin = origin_of(tl.load(peaks + block, mask=block < blocks, other=0)) - g_origin
+        provisional = tl.load(scales + first + offset, mask=present, other=0).to(tl.int32)
+        byte = provisional + origin[:, None]
+        again = tl.max(((provisional != 0) & (byte < _SMALLEST_SCALE)).to(tl.int32), 1) | everything
+        byte = tl.where(provisional == 0, 0x38, byte)
+        tl.store(scales + first + offset, byte.to(tl.uint8), mask=present & (again == 0)[:, None])
+        marked = tl.sum(again << row, 0)
+        if marked != 0:
+            for r in range(CHUNK // REPAIRED):
+                if (marked >> r) & 1:
+                    _quantize_again(
+                        x, codes, scales, values, g, finite, first + r * REPAIRED, groups, columns, groups_per_row,
+                        FOUR, VALUES, RAGGED, NATIVE, REPAIRED,
+                    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- launches
+
+
+def _quantize(x: Tensor, rule: str, with_values: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if rule not in ("four_over_six", "nearest"):
+        raise ValueError(f"no deterministic rule {rule!r}")
+    x = x.contiguous()
+    rows, columns = x.shape
+    codes, scales, g = empty_packed(x, rows, ceil_to(columns, GROUP))
+    values = torch.empty((rows, ceil_to(columns, GROUP)) if with_values else (0,), dtype=torch.bfloat16, device=x.device)
+    groups = scales.numel()
+    if groups == 0:
+        return codes, scales, g.fill_(1.0), values
+    target = target_of(x)
+    raw_scales, raw_values = scales.view(torch.uint8), values.view(torch.int16)
+    in_words = x.dtype == torch.bfloat16 and columns % GROUP == 0 and x.data_ptr() % 16 == 0
+    block = WORDS_BLOCK if in_words else ANY_BLOCK
+    blocks = triton.cdiv(groups, block)
+    peaks = torch.empty(blocks, dtype=torch.int32, device=x.device)
+    forms = {"FOUR": rule == "four_over_six", "VALUES": with_values, "BLOCK": block}
+    shape = (groups, columns, scales.shape[1])
+    shape_forms = {"RAGGED": columns % GROUP != 0, "NATIVE": target.native}
+    options = {"num_warps": 8, **EXACT}
+    with on_device_of(x):
+        if in_words:
+            words = (x.view(torch.int32), codes.view(torch.int32), raw_scales, values.view(torch.int32))
+            round_words_kernel[(blocks,)](*words, peaks, groups, XORSIGN=target.capability > 80, **forms, **options)
+        else:
+            round_any_kernel[(blocks,)](x, codes, raw_scales, raw_values, peaks, *shape, **forms, **shape_forms, **options)
+        align_scales_kernel[(min(triton.cdiv(groups, CHUNK), 2 * target.processors),)](
+            x, codes, raw_scales, raw_values, peaks, g, *shape,
+            CEILING=SCALE_CEILING[rule], REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH, **forms, **shape_forms, **options,
+        )  # fmt: skip
+    return codes, scales, g, values
+
+
+def quantize_with_values(x: Tensor, rule: str = "four_over_six") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [M, K] -> codes, scales and tensor scale of `forward.quantize`, and the values bfloat16 [M, ceil(K/16)*16] that they stand for."""
+    return _quantize(x, rule, True)
+
+
+def quantize_one_pass(x: Tensor, rule: str = "four_over_six") -> tuple[Tensor, Tensor, Tensor]:
+    """What `forward.quantize` returns, from one pass over x [M, K]."""
+    return _quantize(x, rule, False)[:3]

@@ -1,0 +1,210 @@
+"""The gradient operands of the backward products as bfloat16 values, in one orientation or in both from one read.
+
+Bytes an element of a bfloat16 gradient: 2 read, 2 written for each orientation. A program walks over tiles; a thread owns whole groups
+(`rotation`), so rounding needs no exchange. A second launch makes the few tiles again that need the tensor scale (`eden_values`); it reads
+4 bytes a tile and mostly ends there.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quartet_compile.kernels.format import ROTATION, ceil_to
+from quartet_compile.kernels.triton_kernels.eden_values import (
+    any_tile_needs_exact,
+    exact_values,
+    fast_values,
+    largest_peak,
+    new_flags,
+    store_peak,
+    store_smallest,
+    store_values,
+    tile_needs_exact,
+)
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, seed_of_rank
+from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
+
+
+@triton.jit
+def _load_tile(x, first_row, first_column, rows, columns, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, COLUMNS)
+    start = x + first_row.to(tl.int64) * row_stride + first_column.to(tl.int64) * column_stride
+    inside = (first_row + i < rows)[:, None] & (first_column + j < columns)[None, :]
+    return tl.load(start + i[:, None] * row_stride + j[None, :] * column_stride, mask=inside, other=0.0)
+
+
+@triton.jit
+def _emit(operand, rotation, out, first_row, rows, block, blocks, exponents, tile, seed, scale):
+    """Rotate and round a tile [n, 128] of an operand and store it at its row and block of 128 columns.
+
+    Returns the bits of the largest t of each row.
+    """
+    i = tl.arange(0, operand.shape[0])
+    values, bits, bits_or_infinity = fast_values(rotate(operand, rotation, True), seed, first_row + i, block, scale, STREAM_GRADIENT)
+    store_smallest(bits_or_infinity, exponents, tile)
+    store_values(values, out, first_row, i, rows, block, blocks)
+    return tl.max(bits, 1)
+
+
+@triton.jit(do_not_specialize=["row_index", "column_index", "rank"])
+def gradient_values_kernel(
+    x, rotations, row_out, column_out, row_program_peaks, column_program_peaks, row_exponents, column_exponents, seeds,
+    row_index, column_index, rank, scale, rows, columns, row_stride, column_stride, tiles,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x [rows, columns] -> row_out [rows, ceil(columns/128)*128] and column_out [columns, ceil(rows/128)*128], whichever is asked for."""
+    row_peaks = tl.zeros((ROWS,), tl.int32)
+    column_peaks = tl.zeros((COLUMNS,), tl.int32)
+    if ROW:
+        row_rotation = load_rotation(rotations, row_index, x.dtype.element_ty)
+        row_seed = seed_of_rank(seeds, row_index, rank)
+    if COLUMN:
+        column_rotation = load_rotation(rotations, column_index, x.dtype.element_ty)
+        column_seed = seed_of_rank(seeds, column_index, rank)
+    across = tl.cdiv(columns, COLUMNS)
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+        down = tile // across
+        right = tile % across
+        values = _load_tile(x, down * ROWS, right * COLUMNS, rows, columns, row_stride, column_stride, ROWS, COLUMNS)
+        if ROW:
+            blocks = tl.cdiv(columns, 128)
+            bits = _emit(values, row_rotation, row_out, down * ROWS, rows, right, blocks, row_exponents, tile, row_seed, scale)
+            row_peaks = tl.maximum(row_peaks, bits)
+        if COLUMN:
+            blocks = tl.cdiv(rows, 128)
+            turned = tl.trans(values)
+            bits = _emit(
+                turned, column_rotation, column_out, right * COLUMNS, columns, down, blocks, column_exponents, tile, column_seed, scale
+            )  # fmt: skip
+            column_peaks = tl.maximum(column_peaks, bits)
+    if ROW:
+        store_peak(row_peaks, row_program_peaks)
+    if COLUMN:
+        store_peak(column_peaks, column_program_peaks)
+
+
+@triton.jit
+def _again(
+    operand, rotations, out, program_peaks, programs, exponents, seeds, index, rank, scale, rows, columns, row_stride, column_stride,
+    first, tiles, ROWS: tl.constexpr, BLOCKS_FIRST: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Tiles first, first + 1, ... of one orientation, operand [rows, columns], that need the tensor scale.
+
+    BLOCKS_FIRST: the tiles, ROWS x 128, were counted along the columns of the operand first.
+    """
+    bits = largest_peak(program_peaks, programs)
+    if any_tile_needs_exact(exponents, first, tiles, bits, 1.0, ROWS, TILES):
+        blocks = tl.cdiv(columns, 128)
+        strips = tl.cdiv(rows, ROWS)
+        rotation = load_rotation(rotations, index, operand.dtype.element_ty)
+        seed = seed_of_rank(seeds, index, rank)
+        for tile in range(first, tl.minimum(first + TILES, tiles)):
+            if tile_needs_exact(exponents, tile, bits, 1.0, ROWS):
+                if BLOCKS_FIRST:
+                    block = tile % blocks
+                    first_row = tile // blocks * ROWS
+                else:
+                    block = tile // strips
+                    first_row = tile % strips * ROWS
+                values = _load_tile(operand, first_row, block * 128, rows, columns, row_stride, column_stride, ROWS, 128)
+                i = tl.arange(0, ROWS)
+                values = exact_values(rotate(values, rotation, True), bits, seed, first_row + i, block, scale, STREAM_GRADIENT)
+                store_values(values, out, first_row, i, rows, block, blocks)
+
+
+@triton.jit(do_not_specialize=["row_index", "column_index", "rank"])
+def gradient_again_kernel(
+    x, rotations, row_out, column_out, row_program_peaks, column_program_peaks, row_exponents, column_exponents, seeds,
+    row_index, column_index, rank, scale, rows, columns, row_stride, column_stride, tiles, programs,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The tiles that need the tensor scale, now that it is known. A program looks at TILES of them, in each orientation."""
+    first = tl.program_id(0) * TILES
+    if ROW:
+        _again(
+            x, rotations, row_out, row_program_peaks, programs, row_exponents, seeds, row_index, rank, scale, rows, columns,
+            row_stride, column_stride, first, tiles, ROWS, True, TILES,
+        )  # fmt: skip
+    if COLUMN:
+        _again(
+            x, rotations, column_out, column_program_peaks, programs, column_exponents, seeds, column_index, rank, scale, columns, rows,
+            column_stride, row_stride, first, tiles, COLUMNS, False, TILES,
+        )  # fmt: skip
+
+
+TILES_A_CHECK = 4
+"""Tiles that a program of the second launch is responsible for."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a tile, programs resident on a multiprocessor, and launch options."""
+
+    rows: int
+    columns: int
+    resident: int
+    stages: int
+    options: dict[str, int]
+
+
+def tile_for(capability: int, dtype: torch.dtype, row: bool, column: bool) -> Tile:
+    """The tile of `gradient_values_kernel`: measured on Hopper, elsewhere such as compile without spilling.
+
+    Both orientations at once only where `both_at_once` says so.
+    """
+    if row and column:
+        return Tile(128, 128, 1, 3, {"num_warps": 8})
+    if capability == 90:
+        short, tile = (16, (2, 1, {"num_warps": 8})) if dtype == torch.float32 else (64, (2, 3, {"num_warps": 4}))
+    else:
+        short, tile = 16, (4, 1, {"num_warps": 4})
+    return Tile(short if row else 128, 128 if row else short, *tile)
+
+
+def both_at_once(capability: int, dtype: torch.dtype) -> bool:
+    """Two rotation matrices and three tiles in flight take 160 KiB of shared memory, and the tensor cores must read them there."""
+    return capability in (0, 90) and dtype != torch.float32
+
+
+def grad_values(
+    e: Tensor, rotations: Tensor, seeds: Tensor, index: int | None, transposed_index: int | None, rule: str, scale: float, rank: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """The values of e [M, N] times `scale`, rotated along N by rotation `index`, and along M, transposed, by `transposed_index`.
+
+    An index of None leaves its orientation out.
+    """
+    if rule != "ms_eden":
+        raise ValueError(f"no backward rule {rule!r}")
+    target, (rows, columns) = target_of(e), e.shape
+    if index is not None and transposed_index is not None and not both_at_once(target.capability, e.dtype):
+        row, _ = grad_values(e, rotations, seeds, index, None, rule, scale, rank)
+        return row, grad_values(e, rotations, seeds, None, transposed_index, rule, scale, rank)[1]
+    if max(map(abs, e.stride())) >= 2**24:
+        e = e.contiguous()  # offsets within a tile are 32-bit
+    row_out = None if index is None else e.new_empty((rows, ceil_to(columns, ROTATION)), dtype=torch.bfloat16)
+    column_out = None if transposed_index is None else e.new_empty((columns, ceil_to(rows, ROTATION)), dtype=torch.bfloat16)
+    if e.numel() == 0:
+        return row_out if row_out is None else row_out.zero_(), column_out if column_out is None else column_out.zero_()
+    asked = {"ROW": row_out is not None, "COLUMN": column_out is not None}
+    tile = tile_for(target.capability, e.dtype, asked["ROW"], asked["COLUMN"])
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    programs = min(tiles, tile.resident * target.processors)
+    row_peaks, row_exponents = new_flags(e, programs, tiles, tile.rows)
+    column_peaks, column_exponents = new_flags(e, programs, tiles, tile.columns)
+    arguments = (
+        e, rotations, e if row_out is None else row_out, e if column_out is None else column_out,
+        row_peaks, column_peaks, row_exponents, column_exponents, seeds,
+        0 if index is None else index, 0 if transposed_index is None else transposed_index, rank, scale, rows, columns, *e.stride(), tiles,
+    )  # fmt: skip
+    forms = {**asked, "ROWS": tile.rows, "COLUMNS": tile.columns}
+    with on_device_of(e):
+        gradient_values_kernel[(programs,)](*arguments, **forms, STAGES=tile.stages, **tile.options, **FUSED)
+        gradient_again_kernel[(triton.cdiv(tiles, TILES_A_CHECK),)](
+            *arguments, programs, **forms, TILES=TILES_A_CHECK, num_warps=8, **EXACT
+        )
+    return row_out, column_out

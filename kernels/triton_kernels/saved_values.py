@@ -1,0 +1,207 @@
+"""The transpose of a saved packed matrix as an operand of a backward product, in bfloat16 values: unpack, transpose, rotate, MS-EDEN.
+
+Bytes an element: 0.5625 read, 2 written. Eight codes are unpacked from a 32-bit word by shifts that place the bits of elements i and i + 4
+at the two halves of a register, where they are bfloat16 numbers but for a power of two. A tile therefore holds its columns in the order
+0 4 1 5 2 6 3 7 of every eight; the rows of the result are addressed accordingly.
+
+A tile is unpacked at the end of a turn of the loop and rotated in the next one, so that Triton hands it to the tensor cores through shared
+memory, which transposes it on the way.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quartet_compile.kernels.format import ROTATION, ceil_to
+from quartet_compile.kernels.triton_kernels.eden_values import (
+    any_tile_needs_exact,
+    exact_values,
+    fast_values,
+    largest_peak,
+    new_flags,
+    store_peak,
+    store_smallest,
+    store_values,
+    tile_needs_exact,
+)
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, e2m1_value, e4m3_value
+from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
+from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
+
+_UNIT = tl.constexpr(256.0)
+"""A tile of `_unpack` holds the values divided by this."""
+
+
+@triton.jit
+def _unpack_word(word, scale):
+    """Eight codes, the E4M3 byte of their group (both int32) -> bfloat16 elements 0, 4, 1, 5, 2, 6, 3, 7, divided by `_UNIT`."""
+    if INTERPRET:
+        factor = e4m3_value(scale) * (1.0 / _UNIT)
+        x0 = (e2m1_value(word & 15) * factor).to(tl.bfloat16)
+        x1 = (e2m1_value((word >> 4) & 15) * factor).to(tl.bfloat16)
+        x2 = (e2m1_value((word >> 8) & 15) * factor).to(tl.bfloat16)
+        x3 = (e2m1_value((word >> 12) & 15) * factor).to(tl.bfloat16)
+        x4 = (e2m1_value((word >> 16) & 15) * factor).to(tl.bfloat16)
+        x5 = (e2m1_value((word >> 20) & 15) * factor).to(tl.bfloat16)
+        x6 = (e2m1_value((word >> 24) & 15) * factor).to(tl.bfloat16)
+        x7 = (e2m1_value((word >> 28) & 15) * factor).to(tl.bfloat16)
+        return x0, x4, x1, x5, x2, x6, x3, x7
+    # Three bits of a code at the foot of a bfloat16's exponent are its magnitude times 2^-126; seven bits of E4M3 one place up in the
+    # mantissa field are the scale times 2^-120. The scale is brought to 2^118, in two steps that stay in range. A fused multiply-add with
+    # -0 multiplies: Ampere has no other product of two pairs.
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 sign, magnitude, upper, lower, s;
+        mov.b32 sign, 0x80008000;  mov.b32 magnitude, 0x01C001C0;
+        mul.lo.u32 s, $9, 0x00100010;
+        mov.b32 upper, 0x7F007F00;  fma.rn.bf16x2 s, s, upper, sign;
+        mov.b32 upper, 0x77007700;  fma.rn.bf16x2 s, s, upper, sign;
+        shl.b32 upper, $8, 12;  and.b32 upper, upper, sign;  shl.b32 lower, $8, 6;
+        lop3.b32 upper, lower, magnitude, upper, 0xEA;  fma.rn.bf16x2 upper, upper, s, sign;  mov.b32 {$0, $1}, upper;
+        shl.b32 upper, $8, 8;  and.b32 upper, upper, sign;  shl.b32 lower, $8, 2;
+        lop3.b32 upper, lower, magnitude, upper, 0xEA;  fma.rn.bf16x2 upper, upper, s, sign;  mov.b32 {$2, $3}, upper;
+        shl.b32 upper, $8, 4;  and.b32 upper, upper, sign;  shr.u32 lower, $8, 2;
+        lop3.b32 upper, lower, magnitude, upper, 0xEA;  fma.rn.bf16x2 upper, upper, s, sign;  mov.b32 {$4, $5}, upper;
+        and.b32 upper, $8, sign;  shr.u32 lower, $8, 6;
+        lop3.b32 upper, lower, magnitude, upper, 0xEA;  fma.rn.bf16x2 upper, upper, s, sign;  mov.b32 {$6, $7}, upper;
+        }
+        """,
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+        [word, scale],
+        dtype=(tl.bfloat16,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _unpack(words, scales, COLUMNS: tl.constexpr):
+    """words [128, COLUMNS/8], E4M3 bytes [128, COLUMNS/16] -> bfloat16 [128, COLUMNS], the columns of every eight reordered."""
+    scale = tl.broadcast_to(scales.to(tl.int32)[:, :, None], (128, COLUMNS // 16, 2)).reshape(128, COLUMNS // 8)
+    a, b, c, d, e, f, g, h = _unpack_word(words, scale)
+    return tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))).reshape(128, COLUMNS)
+
+
+@triton.jit
+def _load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS: tl.constexpr):
+    """Rows 128 * block and following, columns COLUMNS * strip and following, as 32-bit words of codes and E4M3 bytes; zeros outside."""
+    i = tl.arange(0, 128)
+    word = tl.arange(0, COLUMNS // 8)
+    group = tl.arange(0, COLUMNS // 16)
+    start = (block * 128).to(tl.int64) * groups_per_row
+    present = (block * 128 + i < length)[:, None]
+    first = strip * (COLUMNS // 16)
+    words = tl.load(
+        codes + (start + first) * 2 + i[:, None] * (groups_per_row * 2) + word[None, :],
+        mask=present & (first * 2 + word < groups_per_row * 2)[None, :], other=0,
+    )  # fmt: skip
+    bytes_ = tl.load(
+        scales + start + first + i[:, None] * groups_per_row + group[None, :],
+        mask=present & (first + group < groups_per_row)[None, :], other=0,
+    )  # fmt: skip
+    return words, bytes_
+
+
+@triton.jit
+def _column_order(COLUMNS: tl.constexpr):
+    """The logical column of each column of a tile of `_unpack`."""
+    p = tl.arange(0, COLUMNS)
+    return (p & -8) + ((p >> 1) & 3) + 4 * (p & 1)
+
+
+@triton.jit(do_not_specialize=["index", "rank"])
+def saved_values_kernel(
+    codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Packed [length, columns], codes as int32 words -> out [columns, ceil(length/128)*128]. A program does CHUNK neighbouring strips."""
+    strips = tl.cdiv(columns, COLUMNS)
+    blocks = tl.cdiv(length, 128)
+    chunks = tl.cdiv(strips, CHUNK)
+    block = tl.program_id(0) // chunks
+    first = tl.program_id(0) % chunks * CHUNK
+    matrix = load_rotation(rotations, index, tl.bfloat16)
+    seed = seed_of_rank(seeds, index, rank)
+    g = tl.load(incoming)
+    i = _column_order(COLUMNS)
+    words, bytes_ = _load_packed(codes, scales, block, first, length, groups_per_row, COLUMNS)
+    values = _unpack(words, bytes_, COLUMNS)
+    peaks = tl.zeros((COLUMNS,), tl.int32)
+    for strip in tl.range(first, tl.minimum(first + CHUNK, strips), num_stages=1):
+        rotated = rotate(tl.trans(values), matrix, True)
+        words, bytes_ = _load_packed(codes, scales, block, strip + 1, length, groups_per_row, COLUMNS)
+        row = strip * COLUMNS + i
+        results, bits, bits_or_infinity = fast_values(rotated, seed, row, block, g, STREAM_SAVED, _UNIT)
+        store_smallest(bits_or_infinity, exponents, block * strips + strip)
+        store_values(results, out, strip * COLUMNS, i, columns, block, blocks)
+        peaks = tl.maximum(peaks, tl.max(bits, 1))
+        values = _unpack(words, bytes_, COLUMNS)
+    store_peak(peaks, program_peaks)
+
+
+@triton.jit(do_not_specialize=["index", "rank"])
+def saved_again_kernel(
+    codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, tiles, programs,
+    COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The tiles of `saved_values_kernel` that need the tensor scale, now that it is known."""
+    bits = largest_peak(program_peaks, programs)
+    g = tl.load(incoming)
+    first = tl.program_id(0) * TILES
+    if any_tile_needs_exact(exponents, first, tiles, bits, g, COLUMNS, TILES):
+        strips = tl.cdiv(columns, COLUMNS)
+        matrix = load_rotation(rotations, index, tl.bfloat16)
+        seed = seed_of_rank(seeds, index, rank)
+        i = _column_order(COLUMNS)
+        for tile in range(first, tl.minimum(first + TILES, tiles)):
+            if tile_needs_exact(exponents, tile, bits, g, COLUMNS):
+                block = tile // strips
+                strip = tile % strips
+                words, bytes_ = _load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS)
+                rotated = rotate(tl.trans(_unpack(words, bytes_, COLUMNS)), matrix, True) * _UNIT
+                values = exact_values(rotated, bits, seed, strip * COLUMNS + i, block, g, STREAM_SAVED)
+                store_values(values, out, strip * COLUMNS, i, columns, block, tl.cdiv(length, 128))
+
+
+TILE_COLUMNS = 64
+CHUNK = 8
+"""Neighbouring strips of a program: their scale bytes share cache sectors."""
+
+OPTIONS = {"num_warps": 4}
+"""Launch options of `saved_values_kernel`."""
+
+TILES_A_CHECK = 4
+"""Tiles that a program of the second launch is responsible for."""
+
+
+def requantize_values(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, rotations: Tensor, seeds: Tensor, index: int, rule: str, rank: int
+) -> Tensor:
+    """A packed [M, columns], transposed, rotated and rounded, as bfloat16 values [columns, ceil(M/128)*128]."""
+    if rule != "ms_eden":
+        raise ValueError(f"no backward rule {rule!r}")
+    codes, scales = codes.contiguous(), scales.contiguous()
+    length, groups_per_row = scales.shape
+    out = torch.empty((columns, ceil_to(length, ROTATION)), dtype=torch.bfloat16, device=codes.device)
+    if out.numel() == 0:
+        return out
+    blocks, strips = triton.cdiv(length, 128), triton.cdiv(columns, TILE_COLUMNS)
+    target = target_of(codes)
+    # Enough programs for every multiprocessor, else shorter walks.
+    chunk = max(1, min(CHUNK, blocks * strips // (8 * target.processors)))
+    chunk = 1 << (chunk.bit_length() - 1)
+    programs = blocks * triton.cdiv(strips, chunk)
+    program_peaks, exponents = new_flags(codes, programs, blocks * strips, TILE_COLUMNS)
+    arguments = (
+        codes.view(torch.int32), scales.view(torch.uint8), tensor_scale, rotations, out, program_peaks, exponents, seeds, index, rank,
+        length, columns, groups_per_row,
+    )  # fmt: skip
+    with on_device_of(codes):
+        saved_values_kernel[(programs,)](*arguments, COLUMNS=TILE_COLUMNS, CHUNK=chunk, **OPTIONS, **FUSED)
+        saved_again_kernel[(triton.cdiv(blocks * strips, TILES_A_CHECK),)](
+            *arguments, blocks * strips, programs, COLUMNS=TILE_COLUMNS, TILES=TILES_A_CHECK, num_warps=8, **EXACT
+        )
+    return out

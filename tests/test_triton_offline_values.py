@@ -1,0 +1,88 @@
+"""The kernels that make bfloat16 values compile for every GPU that multiplies them, without spilling, into the instructions meant."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+from test_triton_offline import SHARED_MEMORY, TORCH_DTYPES, Case, compiled, pytestmark, stack_bytes  # noqa: F401  (pytestmark)
+
+from quartet_compile.kernels.triton_kernels import gradient_values, rotation, saved_values
+from quartet_compile.kernels.triton_kernels.launch import FUSED
+
+CAPABILITIES = (80, 89, 90)
+"""GPUs without FP4 tensor cores."""
+
+FLAGS = {f"{side}_{what}": kind for what, kind in (("program_peaks", "*i32"), ("exponents", "*u8")) for side in ("row", "column")}
+
+
+def cases(capability: int, dtype: str) -> dict[str, Case]:
+    gradient = {
+        "x": f"*{dtype}", "rotations": "*bf16", "row_out": "*bf16", "column_out": "*bf16", **FLAGS, "seeds": "*i64",
+        "row_index": "i32", "column_index": "i32", "rank": "i32", "scale": "fp32",
+        "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "tiles": "i32",
+    }  # fmt: skip
+    saved = {
+        "codes": "*i32", "scales": "*u8", "incoming": "*fp32", "rotations": "*bf16", "out": "*bf16", "program_peaks": "*i32",
+        "exponents": "*u8", "seeds": "*i64", "index": "i32", "rank": "i32", "length": "i32!", "columns": "i32!", "groups_per_row": "i32!",
+    }  # fmt: skip
+    found = {
+        "rotations": Case(rotation.rotations_kernel, {"seeds": "*i64", "rank": "i32", "out": "*bf16"}, {}, {"num_warps": 8}),
+        "saved_values": Case(
+            saved_values.saved_values_kernel, saved, {"COLUMNS": saved_values.TILE_COLUMNS, "CHUNK": 8}, {**saved_values.OPTIONS, **FUSED}
+        ),
+        "saved_again": Case(
+            saved_values.saved_again_kernel,
+            {**saved, "tiles": "i32", "programs": "i32"},
+            {"COLUMNS": saved_values.TILE_COLUMNS, "TILES": saved_values.TILES_A_CHECK},
+            {"num_warps": 8},
+        ),
+    }
+    for name, row, column in (("row", True, False), ("column", False, True), ("both", True, True)):
+        if row and column and not gradient_values.both_at_once(capability, TORCH_DTYPES[dtype]):
+            continue
+        tile = gradient_values.tile_for(capability, TORCH_DTYPES[dtype], row, column)
+        forms = {"column_stride": 1, "ROW": row, "COLUMN": column, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        found[f"gradient_{name}"] = Case(
+            gradient_values.gradient_values_kernel, gradient, {**forms, "STAGES": tile.stages}, {**tile.options, **FUSED}
+        )
+        found[f"gradient_{name}_again"] = Case(
+            gradient_values.gradient_again_kernel,
+            {**gradient, "programs": "i32"},
+            {**forms, "TILES": gradient_values.TILES_A_CHECK},
+            {"num_warps": 8},
+        )
+    return found
+
+
+ALL = [(c, d, name) for c in CAPABILITIES for d in TORCH_DTYPES for name in cases(c, d) if d == "bf16" or name.startswith("gradient")]
+FAST = [case for case in ALL if case[:2] == (90, "bf16")]
+SELECTED = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(map(str, case))) for case in ALL]
+
+
+@pytest.mark.parametrize(("capability", "dtype", "name"), SELECTED)
+def test_kernel_compiles(capability, dtype, name, tmp_path):
+    case = cases(capability, dtype)[name]
+    binary = compiled(case, capability)
+    assert binary.metadata.shared <= SHARED_MEMORY[capability]
+    stack = stack_bytes(binary, tmp_path)
+    if stack is None:
+        warnings.warn("cuobjdump of this Triton cannot read the binary: spills not checked", stacklevel=1)
+    elif not name.endswith("again"):  # which mostly does nothing
+        assert stack == 0, f"{stack} bytes of stack a thread"
+    ptx = binary.asm["ptx"]
+    if name.endswith("again"):
+        assert ".ftz" not in ptx
+        assert "fma.rn.f32" not in ptx
+    if name != "rotations":
+        wide = capability == 90 and dtype != "fp32"  # wgmma takes 64 rows
+        assert ("wgmma.mma_async" if wide else "mma.sync") in ptx
+        # Values are stored 16 bytes at a time from where they were computed.
+        assert re.search(r"st\.global\.v4\.b32", ptx)
+
+
+def test_values_stay_in_their_threads():
+    """Between the tensor cores and the store nothing passes through shared memory: it holds the tile and the rotation alone."""
+    ttgir = compiled(cases(90, "bf16")["gradient_row"], 90).asm["ttgir"]
+    assert not re.search(r"convert_layout.*64x128", ttgir[ttgir.index("warp_group_dot") :])
