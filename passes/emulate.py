@@ -56,6 +56,8 @@ def emulate(graph: Graph, native: Callable[[torch.device], bool] = has_fp4_tenso
         left, right = _quantizer(node.args[0:3]), _quantizer(node.args[3:6])
         if left is None or right is None or native(node.meta["val"].device):
             continue
+        if (left.target is quartet.quantize.default) != (right.target is quartet.quantize.default):
+            continue  # rotated values stand in an order of their own (`value_ops.product_order`)
         # The factor that undoes two rotations goes into the gradient's values.
         scale: Any = node.args[7]
         gradients = [q for q in (left, right) if q.target is quartet.quantize_grad.default]

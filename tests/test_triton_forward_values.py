@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from triton_support import DTYPES, MATRICES, SHAPES, Packed, assert_equal, matrix, on_devices
+from triton_support import BFLOAT16_FIRST, MATRICES, SHAPES, Packed, assert_equal, first, matrix, on_devices
 
 from quartet_compile.kernels import reference_ops
 from quartet_compile.kernels.reference import round_e2m1
@@ -86,16 +86,16 @@ def test_every_number_and_every_scale(device):
 
 
 @on_devices
-@pytest.mark.parametrize("rule", ["four_over_six", "nearest"])
-@pytest.mark.parametrize("kind", MATRICES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", first("four_over_six", "nearest"))
+@pytest.mark.parametrize("kind", first(*sorted(MATRICES, key=("gauss", "wide", "sparse", "ties", "outliers", "zero").index), fast=3))
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_equals_the_reference(device, dtype, kind, rule):
     for shape in ((37, 70), (300, 64), *(SHAPES if kind == "gauss" else ())):
         assert_equals_the_reference(matrix(kind, shape, dtype, device), rule)
 
 
 @on_devices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_several_chunks(device, dtype, monkeypatch):
     """Programs of the second pass that look at chunk after chunk, the last one in part of a block."""
     monkeypatch.setattr(forward_values, "CHUNK", BLOCK)
@@ -103,8 +103,10 @@ def test_several_chunks(device, dtype, monkeypatch):
 
 
 @on_devices
-@pytest.mark.parametrize("factor", [3e38, 1e38, 1e34, 2.0**111, 2.0**110, 1e30, 1e-20, 2.0**-79, 2.0**-80, 1e-30, 1e-37, 1e-42, 1e-45])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "factor", first(3e38, 2.0**-80, 1e-45, 1e38, 1e34, 2.0**111, 2.0**110, 1e30, 1e-20, 2.0**-79, 1e-30, 1e-37, 1e-42, fast=3)
+)
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_ends_of_the_range(device, dtype, factor):
     x = (matrix("wide", (19, 48), torch.float64, device).clamp(-1, 1) * factor).to(dtype)
     assert_equals_the_reference(x)
@@ -113,7 +115,7 @@ def test_ends_of_the_range(device, dtype, factor):
 
 
 @on_devices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_strides_and_alignment(device, dtype):
     base = matrix("gauss", (150, 144), dtype, device)
     views = {
@@ -133,8 +135,8 @@ def test_strides_and_alignment(device, dtype):
 
 
 @on_devices
-@pytest.mark.parametrize("rule", ["four_over_six", "nearest"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", first("four_over_six", "nearest"))
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_some_blocks_have_subnormal_scales(device, dtype, rule):
     """One group in most stretches of REPAIRED groups is small, by up to 36 binades, so that some need the second pass and others do not."""
     x = matrix("gauss", (40, BLOCK * 16 // 4), dtype, device).view(-1, 16)
@@ -147,7 +149,7 @@ def test_some_blocks_have_subnormal_scales(device, dtype, rule):
 
 
 @on_devices
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_around_the_smallest_normal_scale(device, dtype):
     """Every mantissa of a group's maximum, from normal scales through all subnormal ones to scales that would round to zero."""
     peaks = torch.cat([torch.arange(128, 256) / 256 * 2.0**-k for k in range(1, 9)]).to(device)
@@ -160,7 +162,8 @@ def test_around_the_smallest_normal_scale(device, dtype):
 
 
 @on_devices
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_blocks_of_very_different_size(device, dtype):
     """Whole blocks far below the tensor's maximum, zero blocks, and 100 binades in one block."""
     x = matrix("gauss", (6 * BLOCK, 16), dtype, device)
@@ -172,8 +175,9 @@ def test_blocks_of_very_different_size(device, dtype):
 
 
 @on_devices
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [-75, -20, 0, 90])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_errors_far_below_the_maximum(device, dtype, exponent):
     """Squares that float32 cannot hold in some unit: elements on the grid of both candidates beside ones that are 2^20 to 2^75 smaller."""
     generator = torch.Generator().manual_seed(exponent)
@@ -190,10 +194,11 @@ def test_errors_far_below_the_maximum(device, dtype, exponent):
 
 
 @on_devices
-@pytest.mark.parametrize(("at", "bad"), [((17, 33), math.nan), ((0, 0), math.inf), ((36, 63), -math.inf), ((36, 0), math.nan)])
+@pytest.mark.parametrize("where", first(((17, 33), math.nan), ((0, 0), math.inf), ((36, 63), -math.inf), ((36, 0), math.nan)))
 @pytest.mark.parametrize("columns", [64, 70])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_number_that_is_not_finite_makes_everything_nan(device, dtype, columns, at, bad):
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
+def test_a_number_that_is_not_finite_makes_everything_nan(device, dtype, columns, where):
+    at, bad = where
     x = matrix("gauss", (37, columns), dtype, device)
     x[at] = bad
     codes, scales, g = assert_equals_the_reference(x)

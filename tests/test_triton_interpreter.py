@@ -23,10 +23,21 @@ UNUSABLE = Version(triton.__version__) < Version("3.7") and Version(numpy.__vers
 @pytest.mark.skipif(UNUSABLE, reason="Triton 3.6 interprets with numpy before 2.4 only: it makes Python numbers of arrays with one element")
 @pytest.mark.parametrize("name", ["numbers", "quantizers", "matmul", "forward_values", "eden_values"])
 def test_kernels_in_the_interpreter(name: str) -> None:
+    run_interpreted(name, "not slow and not gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(UNUSABLE, reason="as above")
+@pytest.mark.parametrize("name", ["forward_values", "eden_values"])
+def test_kernels_in_the_interpreter_slowly(name: str) -> None:
+    run_interpreted(name, "slow and not gpu")
+
+
+def run_interpreted(name: str, marks: str) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     path = Path(__file__).with_name(f"test_triton_{name}.py")
-    command = [sys.executable, "-m", "pytest", str(path), "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", str(path), "-m", marks, "-p", "no:xdist", "-p", "no:cacheprovider", "--tb=short"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path.parent.parent)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

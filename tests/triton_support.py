@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 on_devices = pytest.mark.parametrize("device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=NEEDS_GPU)])
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def first(*values: Any, fast: int = 1) -> list[Any]:
+    """Parameters of which the first `fast` are tested always, the others with ``-m slow``: the interpreter takes seconds for each."""
+    return [*values[:fast], *(pytest.param(value, marks=pytest.mark.slow) for value in values[fast:])]
+
+
+BFLOAT16_FIRST = first(torch.bfloat16, torch.float32, torch.float16)
 SHAPES = ((37, 70), (1, 16), (16, 1), (130, 257), (128, 128))
 SEEDS = (12345, -(2**62) - 977, 2**63 - 1)
 

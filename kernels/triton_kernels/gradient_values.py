@@ -2,7 +2,7 @@
 
 Bytes an element of a bfloat16 gradient: 2 read, 2 written for each orientation. A program walks over tiles; a thread owns whole groups
 (`rotation`), so rounding needs no exchange. A second launch makes the few tiles again that need the tensor scale (`eden_values`); it reads
-4 bytes a tile and mostly ends there.
+a byte for each row of a tile and mostly ends there.
 """
 
 from dataclasses import dataclass
@@ -167,7 +167,10 @@ def tile_for(capability: int, dtype: torch.dtype, row: bool, column: bool) -> Ti
 
 
 def both_at_once(capability: int, dtype: torch.dtype) -> bool:
-    """Two rotation matrices and three tiles in flight take 160 KiB of shared memory, and the tensor cores must read them there."""
+    """Two rotation matrices and three tiles in flight take 160 KiB of shared memory, and the tensor cores must read them there.
+
+    Capability 0 is the interpreter.
+    """
     return capability in (0, 90) and dtype != torch.float32
 
 
