@@ -66,7 +66,7 @@ def values_of(codes: Tensor, scales: Tensor, tensor_scale: Tensor, *, scale: flo
 
 def product_order(values: Tensor) -> Tensor:
     """[M, 128 n] with the columns of each 128 reordered: their sixteen chunks of eight as a 4 x 4 matrix, transposed. Its own inverse."""
-    return values.unflatten(1, (-1, 4, 4, 8)).transpose(2, 3).flatten(1)
+    return values.unflatten(1, (values.shape[1] // ROTATION, 4, 4, 8)).transpose(2, 3).flatten(1)
 
 
 def rotation_matrix(seed: int) -> Tensor:
@@ -102,9 +102,8 @@ def _grad_values_fake(e: Tensor, rotations: Tensor, seeds: Tensor, index: int, r
 def _grad_values_both_fake(
     e: Tensor, rotations: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _grad_values_fake(e, rotations, seeds, index, rule, False, scale), _grad_values_fake(
-        e, rotations, seeds, transposed_index, rule, True, scale
-    )
+    row = _grad_values_fake(e, rotations, seeds, index, rule, False, scale)
+    return row, _grad_values_fake(e, rotations, seeds, transposed_index, rule, True, scale)
 
 
 @torch.library.register_fake("quartet::requantize_values", lib=_library)
@@ -141,9 +140,8 @@ def _grad_values_cpu(e: Tensor, rotations: Tensor, seeds: Tensor, index: int, ru
 def _grad_values_both_cpu(
     e: Tensor, rotations: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _grad_values_cpu(e, rotations, seeds, index, rule, False, scale), _grad_values_cpu(
-        e, rotations, seeds, transposed_index, rule, True, scale
-    )
+    row = _grad_values_cpu(e, rotations, seeds, index, rule, False, scale)
+    return row, _grad_values_cpu(e, rotations, seeds, transposed_index, rule, True, scale)
 
 
 def _requantize_values_cpu(
@@ -206,6 +204,13 @@ def _matmul_values_cuda(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: to
     return ops.triton_kernels().matmul_values(a, b, bias, out_dtype)
 
 
-for _name in ("quantize_with_values", "rotations", "grad_values", "grad_values_both", "requantize_values", "matmul_values"):
-    for _device in ("CPU", "CUDA"):
-        _library.impl(_name, globals()[f"_{_name}_{_device.lower()}"], _device)
+for _name, _on_cpu, _on_cuda in (
+    ("quantize_with_values", _quantize_with_values_cpu, _quantize_with_values_cuda),
+    ("rotations", _rotations_cpu, _rotations_cuda),
+    ("grad_values", _grad_values_cpu, _grad_values_cuda),
+    ("grad_values_both", _grad_values_both_cpu, _grad_values_both_cuda),
+    ("requantize_values", _requantize_values_cpu, _requantize_values_cuda),
+    ("matmul_values", _matmul_values_cpu, _matmul_values_cuda),
+):
+    _library.impl(_name, _on_cpu, "CPU")
+    _library.impl(_name, _on_cuda, "CUDA")
