@@ -24,7 +24,7 @@ test: $(VENV)/ready
 	$(PYTEST) -n auto
 
 test-slow: $(VENV)/ready
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not gpu"
 
 test-gpu: $(VENV)/ready
 	$(PYTEST) -m gpu
