@@ -31,7 +31,7 @@ def largest_magnitude_kernel(x, peak_bits, elements, BLOCK: tl.constexpr, STEPS:
 
 
 @triton.jit
-def _candidate(even, odd, s, NATIVE: tl.constexpr):
+def candidate(even, odd, s, NATIVE: tl.constexpr):
     """Elements [n, 8] in units of g, group scales [n] -> their bytes, and the squared error of each group."""
     s = s[:, None]
     byte, even_value, odd_value = e2m1_pair(tl.div_rn(even, s), tl.div_rn(odd, s), NATIVE)
@@ -48,6 +48,46 @@ def _group_scale(c):
 
 
 @triton.jit
+def load_groups(x, first, groups, columns, groups_per_row, RAGGED: tl.constexpr, BLOCK: tl.constexpr):
+    """Groups first, first + 1, ... of contiguous x [M, columns] -> f32 [BLOCK, 16], zeros behind the end of a row."""
+    i = tl.arange(0, BLOCK)
+    j = tl.arange(0, 8)[None, :]
+    present = (first + i < groups)[:, None]
+    # Two loads of 8 elements, so that with 16-bit inputs the 16 of a group meet in one thread.
+    if RAGGED:
+        column = (first + i) % groups_per_row * 16
+        start = x + ((first + i) // groups_per_row * columns + column)[:, None]
+        left = columns - column[:, None]
+        front = tl.load(start + j, mask=present & (j < left), other=0.0)
+        back = tl.load(start + j + 8, mask=present & (j + 8 < left), other=0.0)
+    else:
+        start = x + first * 16 + i[:, None] * 16
+        front = tl.load(start + j, mask=present, other=0.0)
+        back = tl.load(start + j + 8, mask=present, other=0.0)
+    return tl.join(to_float32(front), to_float32(back)).permute(0, 2, 1).reshape(BLOCK, 16)
+
+
+@triton.jit
+def round_groups(numbers, g, FOUR: tl.constexpr, NATIVE: tl.constexpr):
+    """float32 [n, 16], the tensor scale -> code bytes int32 [n, 8], E4M3 bits and value of each group's scale."""
+    n: tl.constexpr = numbers.shape[0]
+    peak = tl.max(tl.abs(numbers), 1)
+    inverse = tl.div_rn(1.0, g)
+    base = tl.div_rn(peak, _E2M1_MAX) * inverse
+    even, odd = tl.split((numbers * inverse).reshape(n, 8, 2))
+    bits, s = _group_scale(base)
+    byte, error = candidate(even, odd, s, NATIVE)
+    if FOUR:
+        bits4, s4 = _group_scale(base * 1.5)
+        byte4, error4 = candidate(even, odd, s4, NATIVE)
+        four = error4 < error
+        bits = tl.where(four, bits4, bits)
+        s = tl.where(four, s4, s)
+        byte = tl.where(four[:, None], byte4, byte)
+    return tl.where((peak > 0)[:, None], byte, 0), bits, s
+
+
+@triton.jit
 def round_groups_kernel(
     x, peak_bits, codes, scales, out_tensor_scale, groups, columns, groups_per_row,
     CEILING: tl.constexpr, FOUR: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
@@ -58,32 +98,8 @@ def round_groups_kernel(
     i = tl.arange(0, BLOCK)
     j = tl.arange(0, 8)[None, :]
     present = first + i < groups
-    # Two loads of 8 elements, so that with 16-bit inputs the 16 of a group meet in one thread.
-    if RAGGED:
-        column = (first + i) % groups_per_row * 16
-        start = x + ((first + i) // groups_per_row * columns + column)[:, None]
-        left = columns - column[:, None]
-        low = tl.load(start + j, mask=present[:, None] & (j < left), other=0.0)
-        high = tl.load(start + j + 8, mask=present[:, None] & (j + 8 < left), other=0.0)
-    else:
-        start = x + first * 16 + i[:, None] * 16
-        low = tl.load(start + j, mask=present[:, None], other=0.0)
-        high = tl.load(start + j + 8, mask=present[:, None], other=0.0)
-    values = tl.join(to_float32(low), to_float32(high)).permute(0, 2, 1).reshape(BLOCK, 16)
-    peak = tl.max(tl.abs(values), 1)
-    inverse = tl.div_rn(1.0, g)
-    base = tl.div_rn(peak, _E2M1_MAX) * inverse
-    even, odd = tl.split((values * inverse).reshape(BLOCK, 8, 2))
-    bits, s = _group_scale(base)
-    byte, error = _candidate(even, odd, s, NATIVE)
-    if FOUR:
-        bits4, s4 = _group_scale(base * 1.5)
-        byte4, error4 = _candidate(even, odd, s4, NATIVE)
-        four = error4 < error
-        bits = tl.where(four, bits4, bits)
-        byte = tl.where(four[:, None], byte4, byte)
-    byte = tl.where(((peak > 0) & finite)[:, None], byte, 0)
-    tl.store(codes + first * 8 + i[:, None] * 8 + j, byte.to(tl.uint8), mask=present[:, None])
+    byte, bits, _ = round_groups(load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK), g, FOUR, NATIVE)
+    tl.store(codes + first * 8 + i[:, None] * 8 + j, tl.where(finite, byte, 0).to(tl.uint8), mask=present[:, None])
     tl.store(scales + first + i, tl.where(finite, bits, 0).to(tl.uint8), mask=present)
     if tl.program_id(0) == 0:
         tl.store(out_tensor_scale, tl.where(finite, g, float("nan")))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from quartet_compile.kernels.format import E2M1_MAX, GROUP, ceil_to
 from quartet_compile.kernels.reference import SCALE_CEILING
-from quartet_compile.kernels.triton_kernels.forward import _candidate, _group_scale
+from quartet_compile.kernels.triton_kernels.forward import candidate, load_groups, round_groups
 from quartet_compile.kernels.triton_kernels.forward_words import four_bits, origin_of, provisional_scale, round_words_kernel
 from quartet_compile.kernels.triton_kernels.launch import EXACT, empty_packed, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.numbers import (
@@ -32,7 +32,6 @@ from quartet_compile.kernels.triton_kernels.numbers import (
     from_bits,
     magnitude_bits,
     tensor_scale,
-    to_float32,
 )
 
 _E2M1_MAX = tl.constexpr(E2M1_MAX)
@@ -52,26 +51,6 @@ WIDTH = 4096
 
 
 # ---------------------------------------------------------------- first pass, any numbers
-
-
-@triton.jit
-def _load_groups(x, first, groups, columns, groups_per_row, RAGGED: tl.constexpr, BLOCK: tl.constexpr):
-    """Groups first, first + 1, ... of contiguous x [M, columns] -> f32 [BLOCK, 16], zeros behind the end of a row."""
-    i = tl.arange(0, BLOCK)
-    j = tl.arange(0, 8)[None, :]
-    present = (first + i < groups)[:, None]
-    # Two loads of 8 elements, so that with 16-bit inputs the 16 of a group meet in one thread.
-    if RAGGED:
-        column = (first + i) % groups_per_row * 16
-        start = x + ((first + i) // groups_per_row * columns + column)[:, None]
-        left = columns - column[:, None]
-        front = tl.load(start + j, mask=present & (j < left), other=0.0)
-        back = tl.load(start + j + 8, mask=present & (j + 8 < left), other=0.0)
-    else:
-        start = x + first * 16 + i[:, None] * 16
-        front = tl.load(start + j, mask=present, other=0.0)
-        back = tl.load(start + j + 8, mask=present, other=0.0)
-    return tl.join(to_float32(front), to_float32(back)).permute(0, 2, 1).reshape(BLOCK, 16)
 
 
 @triton.jit
@@ -96,7 +75,7 @@ def round_any_kernel(
     """As `round_words_kernel`, with IEEE divisions in float32: contiguous x [M, columns] -> codes u8, values int16, the rest alike."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
-    numbers = _load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK)
+    numbers = load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK)
     peak = tl.max(magnitude_bits(numbers), 1)
     block_peak = tl.max(peak, 0)
     tl.store(peaks + tl.program_id(0), block_peak)
@@ -105,10 +84,10 @@ def round_any_kernel(
     even, odd = tl.split((numbers * unit[:, None]).reshape(BLOCK, 8, 2))
     base = tl.div_rn(from_bits((peak & 0x7FFFFF) | 0x40800000), _E2M1_MAX)
     s = four_bits(base)
-    byte, error = _candidate(even, odd, s, NATIVE)
+    byte, error = candidate(even, odd, s, NATIVE)
     if FOUR:
         s4 = four_bits(base * 1.5)
-        byte4, error4 = _candidate(even, odd, s4, NATIVE)
+        byte4, error4 = candidate(even, odd, s4, NATIVE)
         four = error4 < error
         s = tl.where(four, s4, s)
         byte = tl.where(four[:, None], byte4, byte)
@@ -128,21 +107,8 @@ def _quantize_again(
 ):  # fmt: skip
     """Groups first, first + 1, ... as `forward.round_groups_kernel` quantizes them, with their values."""
     i = tl.arange(0, BLOCK)
-    numbers = _load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK)
-    peak = tl.max(tl.abs(numbers), 1)
-    inverse = tl.div_rn(1.0, g)
-    base = tl.div_rn(peak, _E2M1_MAX) * inverse
-    even, odd = tl.split((numbers * inverse).reshape(BLOCK, 8, 2))
-    bits, s = _group_scale(base)
-    byte, error = _candidate(even, odd, s, NATIVE)
-    if FOUR:
-        bits4, s4 = _group_scale(base * 1.5)
-        byte4, error4 = _candidate(even, odd, s4, NATIVE)
-        four = error4 < error
-        bits = tl.where(four, bits4, bits)
-        s = tl.where(four, s4, s)
-        byte = tl.where(four[:, None], byte4, byte)
-    byte = tl.where(((peak > 0) & finite)[:, None], byte, 0)
+    byte, bits, s = round_groups(load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK), g, FOUR, NATIVE)
+    byte = tl.where(finite, byte, 0)
     tl.store(scales + first + i, tl.where(finite, bits, 0).to(tl.uint8), mask=first + i < groups)
     _store_codes_and_values(codes, values, first, groups, byte, tl.where(finite, s * g, float("nan")), VALUES, BLOCK)
 
