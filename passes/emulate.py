@@ -6,9 +6,9 @@ made in the same graph, their quantizers can write these numbers in the pass in 
     matmul(quantize(x), quantize(w), bias)                   matmul_values(x', w', bias)  with x' from quantize_with_values(x)
     matmul(quantize_grad(e), requantize(packed w), 1/128)    matmul_values(grad_values(e, 1/128), requantize_values(packed w))
 
-and packed codes are written only if something else, such as the backward pass, reads them. A gradient that two products read in both
-orientations is read once. This runs on the forward and the backward graph after the partitioner has split them: what is saved is settled
-by then, and it is packed.
+The forward quantizers write both, because the backward pass needs the packed matrices; the backward ones write values alone. A gradient
+that two products read in both orientations is read once. This runs on the forward and the backward graph after the partitioner has split
+them: what is saved is settled by then, and it is packed.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def store_values(values, out, first_row, i, rows, block, blocks):
     n: tl.constexpr = values.shape[0]
     chunk = tl.arange(0, 16)
     start = out + (first_row * blocks.to(tl.int64) + block) * 128
-    at = i[:, None] * (blocks * 128) + (((chunk & 3) << 2) | (chunk >> 2))[None, :] * 8
+    at = i.to(tl.int64)[:, None] * (blocks * 128) + (((chunk & 3) << 2) | (chunk >> 2))[None, :] * 8
     present = (first_row + i < rows)[:, None]
     if INTERPRET:
         at = at[:, :, None] + tl.arange(0, 8)[None, None, :]

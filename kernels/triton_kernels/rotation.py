@@ -3,8 +3,8 @@
 The products are exact and the tensor cores add in float32, so only the order of the additions differs from the reference's butterflies.
 A float32 operand is cut into three bfloat16 numbers of eight significant bits each, which together are exactly it (down to 2^-110; below,
 bfloat16 ends first): three products instead of one, where a float32 product without TF32 would run outside the tensor cores and spill.
-The matrix is made in registers, about six integer instructions an entry, once for all tiles of a program: nothing is read, no second
-kernel has to write it, and no tensor has to be kept between calls.
+The packed quantizers make the matrix in registers, about six integer instructions an entry, once for all tiles of a program. Those of
+values read it from memory, where one launch a step has written the matrices of all rotations.
 
 PERMUTED: on Hopper a thread holds the accumulator columns 8j + 2c and 8j + 2c + 1 for one c and all j. The columns of the matrix are
 therefore permuted so that they are the logical columns 32c + 2j and 32c + 2j + 1: each thread then owns whole groups of 16.
