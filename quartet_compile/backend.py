@@ -21,11 +21,12 @@ from quartet_compile.passes.emulate import EmulationPass
 from quartet_compile.passes.locate import dotted
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
 from quartet_compile.passes.place import SCOPE_KEY
+from quartet_compile.passes.swizzle import SwizzlePass
 
 log = logging.getLogger("quartet_compile")
 
 PASS_FIELD = "joint_custom_pre_pass"
-EMULATION_FIELD = "post_grad_custom_pre_pass"
+DEVICE_FIELD = "post_grad_custom_pre_pass"
 
 aten = torch.ops.aten
 
@@ -39,8 +40,11 @@ def quartet(
     ours, inductor_options = split_options(options)
     if mode is not None and ours.mode is not None:
         raise ValueError("give mode= or the option quartet.mode, not both")
-    for device in {x.device for x in example_inputs if isinstance(x, torch.Tensor)}:
+    devices = {x.device for x in example_inputs if isinstance(x, torch.Tensor)}
+    for device in devices:
         tell_if_emulated(device)
+    if any(device.type == "cuda" for device in devices):
+        import quartet_compile.kernels.lowerings  # noqa: F401  (registers them)
     scope = active_scope()
     patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
@@ -54,9 +58,9 @@ def inductor_patches(
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(mode or ours.mode, inductor_options)
     rewriting = QuartetPass(parameter_names(gm, example_inputs), ours.policy(scope), fingerprint(gm), on_result)
-    for field, ours_there in ((PASS_FIELD, rewriting), (EMULATION_FIELD, EmulationPass())):
+    for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), SwizzlePass()])):
         users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))
-        patches[field] = compat.PassSequence([*users, ours_there]) if users else ours_there
+        patches[field] = compat.PassSequence([*users, *ours_there])
     return patches
 
 

@@ -9,7 +9,7 @@ import torch
 from triton_support import DTYPES, matrix, on_devices, packed_on
 
 from quartet_compile.kernels import reference_ops
-from quartet_compile.kernels.format import Quantized
+from quartet_compile.kernels.format import Quantized, swizzle_scales
 
 pytest.importorskip("triton")
 
@@ -44,6 +44,32 @@ def test_matmul_of_exact_sums_equals_the_reference(device, out_dtype, bias_dtype
         expected = reference_ops.matmul(*(t.cpu() for t in (*a, *b)), None if bias is None else bias.cpu(), 1 / 128, out_dtype)
         assert ours.dtype == out_dtype
         assert torch.equal(ours.cpu(), expected)
+
+
+HAS_TMA = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] >= 9
+
+
+@on_devices
+@pytest.mark.parametrize("swizzled", [False, pytest.param(True, marks=pytest.mark.skipif(not HAS_TMA, reason="no TMA before sm_90"))])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_product_of_packed_bytes_equals_the_reference(device, swizzled, with_bias):
+    """The kernel that Blackwell runs, its operands decoded where there are no FP4 tensor cores: loads, edges, swizzled scales, factors."""
+    for M, N, K in ((37, 21, 96), (1, 1, 32), (130, 140, 288), (256, 128, 64)):
+        a, b = (packed_on(matrix("ties", (rows, K), torch.float32, device, seed=rows), device) for rows in (M, N))
+        bias = matrix("gauss", (1, N), torch.bfloat16, device)[0] if with_bias else None
+        expected = reference_ops.matmul(*(t.cpu() for t in (*a, *b)), None if bias is None else bias.cpu(), 1 / 128, torch.bfloat16)
+        if swizzled:
+            a, b = ((codes, swizzle_scales(scales), g) for codes, scales, g in (a, b))
+        ours = triton_kernels.matmul_packed(*a, *b, bias, 1 / 128, torch.bfloat16, swizzled=swizzled)
+        assert torch.equal(ours.cpu(), expected)
+
+
+@on_devices
+def test_a_matrix_that_is_not_finite_makes_the_product_of_packed_bytes_nan(device):
+    x = matrix("gauss", (40, 64), torch.float32, device)
+    x[3, 5] = float("inf")
+    a, b = packed_on(x, device), packed_on(matrix("gauss", (24, 64), torch.float32, device), device)
+    assert triton_kernels.matmul_packed(*a, *b, None, 1.0, torch.bfloat16).isnan().all()
 
 
 @on_devices

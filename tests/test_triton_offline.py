@@ -27,7 +27,7 @@ from quartet_compile.kernels.triton_kernels import (  # noqa: E402
     forward_values,
     forward_words,
     ms_eden,
-    native_matmul,
+    packed_product,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, target_for  # noqa: E402
 
@@ -115,17 +115,22 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
             {"SECOND": True, "BLOCK": 128},
         ),
     }
-    if target.native:
-        tile = native_matmul.product_tile(capability)
-        packed = {"codes": "*u8", "scales": "*fp8e4nv", "tensor_scale": "*fp32"}
-        operands = {f"{side}_{part}": kind for side in "ab" for part, kind in packed.items()}
-        found["native_matmul"] = Case(
-            native_matmul.native_matmul_kernel,
-            {**operands, "bias": f"*{dtype}", "out": f"*{dtype}", "scale": "fp32", "M": "i32!", "N": "i32!", "groups": "i32!"},
-            {"HAS_BIAS": True, "BAND": 8, **{k: v for k, v in tile.items() if k.startswith("BLOCK")}},
-            {k: v for k, v in tile.items() if not k.startswith("BLOCK")},
-        )
+    for form, swizzled in (("plain", False), ("swizzled", True)) if capability >= 90 else ():
+        tiles = packed_product.product_tiles(target, swizzled)
+        for number, tile in enumerate(tiles if dtype == "bf16" else tiles[:1]):
+            sizes = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
+            found[f"product_{form}_{number}"] = Case(
+                packed_product.packed_product_kernel,
+                {**product_types(), "bias": f"*{dtype}", "out": f"*{dtype}", "scale": "fp32", "M": "i32!", "N": "i32!", "groups": "i32!"},
+                {"HAS_BIAS": True, "BAND": packed_product.BAND, "SWIZZLED": swizzled, **forms, **sizes},
+                {k: v for k, v in tile.items() if k not in sizes},
+            )
     return found
+
+
+def product_types() -> dict[str, str]:
+    packed = {"codes": "*u8", "scales": "*fp8e4nv", "tensor_scale": "*fp32"}
+    return {f"{side}_{part}": kind for side in "ab" for part, kind in packed.items()}
 
 
 def one_pass_cases(capability: int, dtype: str) -> dict[str, Case]:
@@ -188,7 +193,7 @@ ONCE = ("align_scales", "dequantize", "saved", "words", "words_values")
 """Kernels that do not depend on the dtype of the operand."""
 
 ALL = [(c, d, name) for c in CAPABILITIES for d in TORCH_DTYPES for name in cases(c, d) if d == "bf16" or name not in ONCE]
-FAST = [(c, d, name) for c, d, name in ALL if d == "bf16" and (c in (90, 100) or (c == 120 and name in ("four_over_six", "native_matmul")))]
+FAST = [(c, d, name) for c, d, name in ALL if d == "bf16" and (c in (90, 100) or (c == 120 and name in ("four_over_six", "product_swizzled_0")))]
 SELECTED = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(map(str, case))) for case in ALL]
 
 
@@ -217,9 +222,10 @@ def test_kernel_compiles(capability, dtype, name, tmp_path):
         assert ptx.count("shfl.sync") <= 8  # for the maximum of a block only; newer versions of Triton need none
     if name == "four_over_six":
         assert "shfl" not in ptx  # a thread owns its group
-    if name == "native_matmul":
-        product = "tcgen05.mma" if capability < 120 else "mma.sync"
-        assert re.search(rf"{re.escape(product)}\S*kind::mxf4nvf4", ptx)
+    if name.startswith("product"):
+        product = {9: "mma", 10: "tcgen05.mma", 12: "mma.sync"}[capability // 10]  # fewer than 64 rows are not for wgmma
+        assert re.search(rf"{re.escape(product)}\S*kind::mxf4nvf4" if native else re.escape(product), ptx)
+        assert ("cp.async.bulk.tensor.5d" in ptx) == ("swizzled" in name)
 
 
 NOT_SPECIALIZED = ("index", "rank", "scale_exponent")
@@ -239,7 +245,3 @@ def with_integers(case: Case, kind: str | int) -> Case:
 @pytest.mark.parametrize("integers", [1, "i64"], ids=["a_matrix_of_one_number", "64_bit_sizes"])
 def test_kernel_compiles_for_other_sizes(name, integers):
     compiled(with_integers(cases(100, "bf16")[name], integers), 100)
-
-
-def test_only_blackwell_has_the_native_product():
-    assert [c for c in CAPABILITIES if "native_matmul" in cases(c, "bf16")] == [100, 103, 120]

@@ -11,10 +11,11 @@ from quartet_compile.kernels.triton_kernels.forward import quantize
 from quartet_compile.kernels.triton_kernels.forward_values import quantize_with_values
 from quartet_compile.kernels.triton_kernels.gradient_values import grad_values
 from quartet_compile.kernels.triton_kernels.matmul import matmul, matmul_values
+from quartet_compile.kernels.triton_kernels.packed_product import matmul_packed
 from quartet_compile.kernels.triton_kernels.rotation import rotations
 from quartet_compile.kernels.triton_kernels.saved_values import requantize_values
 
 __all__ = [
-    "grad_values", "matmul", "matmul_values", "quantize", "quantize_grad", "quantize_with_values", "requantize", "requantize_values",
+    "grad_values", "matmul", "matmul_packed", "matmul_values", "quantize", "quantize_grad", "quantize_with_values", "requantize", "requantize_values",
     "rotations",
 ]  # fmt: skip

@@ -35,14 +35,15 @@ INTERPRETER = Target(capability=0, native=False, permuted=True, processors=1)
 
 
 @functools.cache
-def _cuda_target(index: int) -> Target:
-    properties = torch.cuda.get_device_properties(index)
+def device_target(device: torch.device) -> Target:
+    """The target of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
     return target_for(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
 def target_of(x: Tensor) -> Target:
     """The GPU that x is on."""
-    return _cuda_target(x.device.index) if x.is_cuda else INTERPRETER
+    return device_target(x.device) if x.is_cuda else INTERPRETER
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:

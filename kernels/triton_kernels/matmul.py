@@ -14,11 +14,11 @@ from torch import Tensor
 
 from quartet_compile.kernels.triton_kernels.dequantize import dequantize
 from quartet_compile.kernels.triton_kernels.launch import target_of
-from quartet_compile.kernels.triton_kernels.native_matmul import native_matmul
+from quartet_compile.kernels.triton_kernels.packed_product import matmul_packed
 
 
 @contextmanager
-def _full_precision_sums() -> Iterator[None]:
+def full_precision_sums() -> Iterator[None]:
     """cuBLAS may otherwise add partial sums in bfloat16. Newer versions of torch keep a second switch beside the first: restore both."""
     settings, name = torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"
     before = getattr(settings, name)
@@ -53,7 +53,7 @@ def matmul(
 ) -> Tensor:  # fmt: skip
     """a [M, K] times b [N, K] transposed: the float32 sum, scaled, plus bias, rounded once to `out_dtype`. `scale`: a power of two."""
     if target_of(a_codes).native and a_codes.shape[1]:
-        return native_matmul(a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype)
+        return matmul_packed(a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype)
     mantissa, exponent = math.frexp(scale)
     if mantissa != 0.5:
         raise ValueError(f"the scale of a product must be a power of two, not {scale}")
@@ -64,5 +64,5 @@ def matmul(
 
 def matmul_values(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """bfloat16 a [M, K] times b [N, K] transposed, accumulated in float32, plus bias [N], rounded once to `out_dtype`."""
-    with _full_precision_sums():
+    with full_precision_sums():
         return _product(a, b, bias, out_dtype)

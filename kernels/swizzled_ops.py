@@ -1,0 +1,107 @@
+"""Operators on scales in the order that FP4 tensor cores read them.
+
+Quantizers return scales [M, K/16] row by row, which is what the backward pass reads and what is saved. Blackwell's fast paths to its tensor
+cores, Triton's descriptors and cuBLAS, want them in tiles (`format.swizzle_scales`). `passes.swizzle` therefore rewrites products there:
+
+``swizzle(scales)``
+    float8_e4m3fn [M, G] -> the same numbers, flat [ceil(M/128)*128 * ceil(G/4)*4], zero where padded.
+``matmul_swizzled(a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype)``
+    ``matmul`` of `ops`, with flat scales and K a multiple of 32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quartet_compile.kernels import ops
+from quartet_compile.kernels.format import GROUP, SCALE_TILE_GROUPS, SCALE_TILE_ROWS, ceil_to, swizzle_scales, unswizzle_scales
+
+_library = torch.library.Library("quartet", "FRAGMENT")
+_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_library.define("swizzle(Tensor scales) -> Tensor", tags=_tags)
+_library.define(
+    "matmul_swizzled(Tensor a_codes, Tensor a_scales, Tensor a_tensor_scale, Tensor b_codes, Tensor b_scales, Tensor b_tensor_scale,"
+    " Tensor? bias, float scale, ScalarType out_dtype) -> Tensor",
+    tags=_tags,
+)
+
+
+def _check_scales(scales: Tensor) -> None:
+    if scales.dim() != 2 or scales.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"quartet.swizzle: expected scales [M, K/16] in float8_e4m3fn, got {tuple(scales.shape)} in {scales.dtype}")
+
+
+def _check_operand(codes: Tensor, scales: Tensor, tensor_scale: Tensor) -> None:
+    if codes.dtype != torch.uint8 or scales.dtype != torch.float8_e4m3fn or tensor_scale.dtype != torch.float32:
+        raise TypeError(
+            "quartet.matmul_swizzled: an NVFP4 matrix is codes uint8, scales float8_e4m3fn and tensor_scale float32,"
+            f" got {codes.dtype}, {scales.dtype}, {tensor_scale.dtype}"
+        )
+    if codes.dim() != 2 or scales.dim() != 1 or codes.shape[1] % GROUP:
+        raise ValueError(
+            f"quartet.matmul_swizzled: expected codes [M, K/2] with K a multiple of 32 and flat scales, got {tuple(codes.shape)} and"
+            f" {tuple(scales.shape)}"
+        )
+    expected = swizzled_numel(codes.shape[0], codes.shape[1] // 8)
+    if scales.shape[0] != expected:
+        raise ValueError(f"quartet.matmul_swizzled: codes {tuple(codes.shape)} have {expected} swizzled scales, not {scales.shape[0]}")
+
+
+def _check_product(a_codes: Tensor, b_codes: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
+    a, b = ((codes.shape[0], codes.shape[1] * 2) for codes in (a_codes, b_codes))
+    ops.check_product("matmul_swizzled", a, b, bias, out_dtype)
+
+
+def swizzled_numel(rows: int, groups: int) -> int:
+    """How many scales of a matrix [rows, groups * 16] there are with their padding."""
+    return ceil_to(rows, SCALE_TILE_ROWS) * ceil_to(groups, SCALE_TILE_GROUPS)
+
+
+@torch.library.register_fake("quartet::swizzle", lib=_library)
+def _swizzle_fake(scales: Tensor) -> Tensor:
+    _check_scales(scales)
+    return scales.new_empty((swizzled_numel(scales.shape[0], scales.shape[1]),))
+
+
+@torch.library.register_fake("quartet::matmul_swizzled", lib=_library)
+def _matmul_swizzled_fake(
+    a_codes: Tensor, a_scales: Tensor, a_tensor_scale: Tensor, b_codes: Tensor, b_scales: Tensor, b_tensor_scale: Tensor,
+    bias: Tensor | None, scale: float, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    _check_operand(a_codes, a_scales, a_tensor_scale)
+    _check_operand(b_codes, b_scales, b_tensor_scale)
+    _check_product(a_codes, b_codes, bias, out_dtype)
+    return a_codes.new_empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
+
+
+def _swizzle(scales: Tensor) -> Tensor:
+    _check_scales(scales)
+    return swizzle_scales(scales)
+
+
+def _matmul_swizzled_cpu(
+    a_codes: Tensor, a_scales: Tensor, a_tensor_scale: Tensor, b_codes: Tensor, b_scales: Tensor, b_tensor_scale: Tensor,
+    bias: Tensor | None, scale: float, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    _check_operand(a_codes, a_scales, a_tensor_scale)
+    _check_operand(b_codes, b_scales, b_tensor_scale)
+    plain = [unswizzle_scales(s, c.shape[0], c.shape[1] // 8) for c, s in ((a_codes, a_scales), (b_codes, b_scales))]
+    return torch.ops.quartet.matmul(a_codes, plain[0], a_tensor_scale, b_codes, plain[1], b_tensor_scale, bias, scale, out_dtype)
+
+
+def _matmul_swizzled_cuda(
+    a_codes: Tensor, a_scales: Tensor, a_tensor_scale: Tensor, b_codes: Tensor, b_scales: Tensor, b_tensor_scale: Tensor,
+    bias: Tensor | None, scale: float, out_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    _check_operand(a_codes, a_scales, a_tensor_scale)
+    _check_operand(b_codes, b_scales, b_tensor_scale)
+    _check_product(a_codes, b_codes, bias, out_dtype)
+    return ops.triton_kernels().matmul_packed(
+        a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype, swizzled=True
+    )
+
+
+for _device, _product in (("CPU", _matmul_swizzled_cpu), ("CUDA", _matmul_swizzled_cuda)):
+    _library.impl("swizzle", _swizzle, _device)
+    _library.impl("matmul_swizzled", _product, _device)

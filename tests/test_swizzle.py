@@ -1,0 +1,121 @@
+"""Scales in tensor-core order: the operators on a CPU, and the pass that asks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import expecttest
+import pytest
+import torch
+from test_emulate import step
+from test_graphs import MLP, readable
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from quartet_compile import backend
+from quartet_compile.kernels.format import swizzle_scales
+from quartet_compile.passes.swizzle import SwizzlePass
+
+quartet = torch.ops.quartet
+
+
+def packed(rows: int, columns: int) -> list[torch.Tensor]:
+    return list(quartet.quantize(torch.randn(rows, columns), "four_over_six"))
+
+
+@pytest.mark.parametrize("bias", [None, torch.float32])
+def test_product_of_swizzled_scales(bias: torch.dtype | None) -> None:
+    a, b = packed(150, 96), packed(70, 96)
+    bias_row = None if bias is None else torch.randn(70, dtype=bias)
+    expected = quartet.matmul(*a, *b, bias_row, 1 / 128, torch.bfloat16)
+    for matrix in (a, b):
+        matrix[1] = quartet.swizzle(matrix[1])
+    assert torch.equal(quartet.matmul_swizzled(*a, *b, bias_row, 1 / 128, torch.bfloat16), expected)
+
+
+def test_operators_agree_with_their_shapes() -> None:
+    a, b = packed(150, 96), packed(70, 96)
+    # Without test_schema, which cannot compare float8.
+    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(quartet.swizzle.default, (a[1],), test_utils=tests)
+    a[1], b[1] = swizzle_scales(a[1]), swizzle_scales(b[1])
+    torch.library.opcheck(quartet.matmul_swizzled.default, (*a, *b, None, 1.0, torch.bfloat16), test_utils=tests)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: [a[0][:, :-8], a[1], a[2]], "multiple of 32"),
+        (lambda a: [a[0], a[1][:-4], a[2]], "swizzled scales, not"),
+        (lambda a: [a[0].int(), a[1], a[2]], "codes uint8"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(change: Any, message: str) -> None:
+    a, b = packed(150, 96), packed(70, 96)
+    a[1], b[1] = swizzle_scales(a[1]), swizzle_scales(b[1])
+    with pytest.raises((ValueError, TypeError), match=message):
+        quartet.matmul_swizzled(*change(a), *b, None, 1.0, torch.bfloat16)
+
+
+@pytest.fixture
+def swizzled_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Compilations swizzle on every device. Their graphs, as they come: forward, backward."""
+    graphs: list[str] = []
+
+    class Recording(SwizzlePass):
+        def __init__(self) -> None:
+            super().__init__(lambda device: True)
+
+        def __call__(self, graph: Graph) -> None:
+            super().__call__(graph)
+            graphs.append(readable(GraphModule({}, graph).print_readable(print_output=False)))
+
+        def uuid(self) -> Any:
+            return None  # no cache may answer in its place
+
+    monkeypatch.setattr(backend, "SwizzlePass", Recording)
+    return graphs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_swizzled_products_give_the_same_numbers(dtype: torch.dtype, swizzled_everywhere: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = MLP().to(dtype), torch.randn(48, 64, dtype=dtype, requires_grad=True)
+    ours = step(module, x)
+    assert len(swizzled_everywhere) == 2
+    assert all("quartet.matmul_swizzled" in graph and "quartet.matmul(" not in graph for graph in swizzled_everywhere)
+    monkeypatch.undo()
+    for a, b in zip(ours, step(module, x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_that_tma_cannot_read_stay_plain(swizzled_everywhere: list[str]) -> None:
+    """48 features: 24 bytes of codes a row. The backward products, padded to 128, are swizzled."""
+    step(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64)), torch.randn(16, 64, requires_grad=True), **{"quartet.min_features": 1})
+    forward, backward = swizzled_everywhere
+    assert forward.count("quartet.matmul(") == 1
+    assert forward.count("quartet.matmul_swizzled(") == 1
+    assert "quartet.matmul(" not in backward
+
+
+class TestSnapshots(expecttest.TestCase):
+    @pytest.fixture(autouse=True)
+    def graphs_of(self, swizzled_everywhere: list[str]) -> None:
+        self.graphs = swizzled_everywhere
+
+    def test_forward_graph(self) -> None:
+        step(MLP(), torch.randn(32, 64, requires_grad=True))
+        self.assertExpectedInline(self.graphs[0], """\
+def forward(self, primals_1: "f32[128, 64]", primals_2: "f32[128]", primals_3: "f32[32, 64]", primals_4: "f32[64, 128]"):
+up_x = quartet.quantize(primals_3, 'four_over_six')
+up_x_scales_swizzled: "f8e4m3fn[512]" = quartet.swizzle(up_x_scales)
+up_w = quartet.quantize(primals_1, 'four_over_six')
+up_w_scales_swizzled: "f8e4m3fn[512]" = quartet.swizzle(up_w_scales)
+up_y_swizzled: "f32[32, 128]" = quartet.matmul_swizzled(up_x_codes, up_x_scales_swizzled, up_x_tensor_scale, up_w_codes, up_w_scales_swizzled, up_w_tensor_scale, primals_2, 1.0, torch.float32)
+relu: "f32[32, 128]" = aten.relu(up_y_swizzled)
+down_x = quartet.quantize(relu, 'four_over_six')
+down_x_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_x_scales)
+down_w = quartet.quantize(primals_4, 'four_over_six')
+down_w_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_w_scales)
+down_y_swizzled: "f32[32, 64]" = quartet.matmul_swizzled(down_x_codes, down_x_scales_swizzled, down_x_tensor_scale, down_w_codes, down_w_scales_swizzled, down_w_tensor_scale, None, 1.0, torch.float32)
+le: "b8[32, 128]" = aten.le.Scalar(relu, 0)
+return (down_y_swizzled, *up_x, *up_w, *down_x, *down_w, le)""")
