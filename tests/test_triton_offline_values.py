@@ -30,7 +30,7 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
     found = {
         "rotations": Case(rotation.rotations_kernel, {"seeds": "*i64", "rank": "i32", "out": "*bf16"}, {}, {"num_warps": 8}),
         "saved_values": Case(
-            saved_values.saved_values_kernel, saved, {"COLUMNS": saved_values.TILE_COLUMNS, "CHUNK": 8}, {**saved_values.OPTIONS, **FUSED}
+            saved_values.saved_values_kernel, {**saved, "chunk": "i32"}, {"COLUMNS": saved_values.TILE_COLUMNS}, {**saved_values.OPTIONS, **FUSED}
         ),
         "saved_again": Case(
             saved_values.saved_again_kernel,
@@ -49,8 +49,8 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
         )
         found[f"gradient_{name}_again"] = Case(
             gradient_values.gradient_again_kernel,
-            {**gradient, "programs": "i32"},
-            {**forms, "TILES": gradient_values.TILES_A_CHECK},
+            {**gradient, **dict.fromkeys(("rows", "columns", "row_stride", "column_stride", "programs"), "i32")},
+            {**{k: v for k, v in forms.items() if k != "column_stride"}, "TILES": gradient_values.TILES_A_CHECK},
             {"num_warps": 8},
         )
     return found

@@ -16,15 +16,14 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 
-def lowering(op: OpOverload, when: Callable[[torch.device], bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the lowering of an operator on the devices for which `when` holds; elsewhere it is called as it is."""
+def lowering(op: OpOverload, when: Callable[..., bool]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the lowering of an operator for those arguments of which `when` holds; others are a call of the operator."""
     call = fallback_handler(op, add_to_fallback_set=False)
 
     def register(lower: Callable[..., Any]) -> Callable[..., Any]:
         def lowered(*args: Any) -> Any:
-            device = args[0].get_device()
             # A C++ wrapper knows torch's own library calls only.
-            return call(*args) if V.graph.cpp_wrapper or not when(device) else lower(*args)
+            return lower(*args) if when(*args) and not V.graph.cpp_wrapper else call(*args)
 
         register_lowering(op, type_promotion_kind=None)(lowered)
         return lower

@@ -73,13 +73,18 @@ def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and device_target(device).capability >= 90
 
 
-@lowering(quartet.matmul.default, when=is_native)
+def _is_one_number(a_codes: Any, b_codes: Any) -> bool:
+    """Whether the product is [1, 1]: Inductor drops the mask of a template that stores a single number."""
+    return all(statically_known_true(codes.get_size()[0] == 1) for codes in (a_codes, b_codes))
+
+
+@lowering(quartet.matmul.default, when=lambda a, s, g, b, *_: is_native(a.get_device()) and not _is_one_number(a, b))
 def matmul(a_codes: Any, a_scales: Any, a_g: Any, b_codes: Any, b_scales: Any, b_g: Any, bias: Any, scale: float, dtype: torch.dtype) -> Any:
     """Plain scales."""
     return _product([a_codes, a_scales, a_g, b_codes, b_scales, b_g], bias, scale, dtype, swizzled=False)
 
 
-@lowering(quartet.matmul_swizzled.default, when=has_tma)
+@lowering(quartet.matmul_swizzled.default, when=lambda a, s, g, b, *_: has_tma(a.get_device()) and not _is_one_number(a, b))
 def matmul_swizzled(
     a_codes: Any, a_scales: Any, a_g: Any, b_codes: Any, b_scales: Any, b_g: Any, bias: Any, scale: float, dtype: torch.dtype
 ) -> Any:
@@ -87,7 +92,7 @@ def matmul_swizzled(
     return _product([a_codes, a_scales, a_g, b_codes, b_scales, b_g], bias, scale, dtype, swizzled=True)
 
 
-@lowering(quartet.swizzle.default, when=has_tma)
+@lowering(quartet.swizzle.default, when=lambda scales: has_tma(scales.get_device()))
 def swizzle(scales: Any) -> Any:
     """`format.swizzle_scales` in pointwise operations."""
     rows, groups = scales.get_size()

@@ -37,7 +37,7 @@ PRODUCT = ExternKernelChoice(quartet_product)
 PRODUCT_WITH_BIAS = ExternKernelChoice(quartet_product_with_bias)
 
 
-@lowering(torch.ops.quartet.matmul_values.default, when=lambda device: device.type == "cuda")
+@lowering(torch.ops.quartet.matmul_values.default, when=lambda a, *_: a.get_device().type == "cuda")
 def matmul_values(a: Any, b: Any, bias: Any, out_dtype: torch.dtype) -> Any:
     """a [M, K] times b [N, K] transposed."""
     b = lowerings[aten.permute.default](b, [1, 0])

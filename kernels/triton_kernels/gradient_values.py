@@ -88,53 +88,44 @@ def gradient_values_kernel(
         store_peak(column_peaks, column_program_peaks)
 
 
-@triton.jit
-def _again(
-    operand, rotations, out, program_peaks, programs, exponents, seeds, index, rank, scale, rows, columns, row_stride, column_stride,
-    first, tiles, ROWS: tl.constexpr, BLOCKS_FIRST: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """Tiles first, first + 1, ... of one orientation, operand [rows, columns], that need the tensor scale.
-
-    BLOCKS_FIRST: the tiles, ROWS x 128, were counted along the columns of the operand first.
-    """
-    bits = largest_peak(program_peaks, programs)
-    if any_tile_needs_exact(exponents, first, tiles, bits, 1.0, ROWS, TILES):
-        blocks = tl.cdiv(columns, 128)
-        strips = tl.cdiv(rows, ROWS)
-        rotation = load_rotation(rotations, index, operand.dtype.element_ty)
-        seed = seed_of_rank(seeds, index, rank)
-        for tile in range(first, tl.minimum(first + TILES, tiles)):
-            if tile_needs_exact(exponents, tile, bits, 1.0, ROWS):
-                if BLOCKS_FIRST:
-                    block = tile % blocks
-                    first_row = tile // blocks * ROWS
-                else:
-                    block = tile // strips
-                    first_row = tile % strips * ROWS
-                values = _load_tile(operand, first_row, block * 128, rows, columns, row_stride, column_stride, ROWS, 128)
-                i = tl.arange(0, ROWS)
-                values = exact_values(rotate(values, rotation, True), bits, seed, first_row + i, block, scale, STREAM_GRADIENT)
-                store_values(values, out, first_row, i, rows, block, blocks)
+_COUNTS = ["row_index", "column_index", "rank", "rows", "columns", "row_stride", "column_stride", "tiles", "programs"]
 
 
-@triton.jit(do_not_specialize=["row_index", "column_index", "rank"])
+@triton.jit(do_not_specialize=_COUNTS)
 def gradient_again_kernel(
     x, rotations, row_out, column_out, row_program_peaks, column_program_peaks, row_exponents, column_exponents, seeds,
     row_index, column_index, rank, scale, rows, columns, row_stride, column_stride, tiles, programs,
     ROW: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles that need the tensor scale, now that it is known. A program looks at TILES of them, in each orientation."""
-    first = tl.program_id(0) * TILES
-    if ROW:
-        _again(
-            x, rotations, row_out, row_program_peaks, programs, row_exponents, seeds, row_index, rank, scale, rows, columns,
-            row_stride, column_stride, first, tiles, ROWS, True, TILES,
-        )  # fmt: skip
-    if COLUMN:
-        _again(
-            x, rotations, column_out, column_program_peaks, programs, column_exponents, seeds, column_index, rank, scale, columns, rows,
-            column_stride, row_stride, first, tiles, COLUMNS, False, TILES,
-        )  # fmt: skip
+    """The tiles that need the tensor scale, now that it is known. A program looks at TILES of them.
+
+    Both orientations are the same code with the sides of x exchanged: where both are asked for, the upper half of the programs turns them.
+    """
+    HEIGHT: tl.constexpr = ROWS if ROW else COLUMNS
+    tl.static_assert(not (ROW and COLUMN) or ROWS == COLUMNS)
+    checks = tl.cdiv(tiles, TILES)
+    turned = tl.program_id(0) >= (checks if ROW else 0)
+    first = tl.program_id(0) % checks * TILES
+    out, program_peaks, exponents, index = row_out, row_program_peaks, row_exponents, row_index
+    if turned:
+        out, program_peaks, exponents, index = column_out, column_program_peaks, column_exponents, column_index
+        rows, columns = columns, rows
+        row_stride, column_stride = column_stride, row_stride
+    bits = largest_peak(program_peaks, programs)
+    if any_tile_needs_exact(exponents, first, tiles, bits, 1.0, HEIGHT, TILES):
+        blocks = tl.cdiv(columns, 128)
+        strips = tl.cdiv(rows, HEIGHT)
+        rotation = load_rotation(rotations, index, x.dtype.element_ty)
+        seed = seed_of_rank(seeds, index, rank)
+        i = tl.arange(0, HEIGHT)
+        for tile in range(first, tl.minimum(first + TILES, tiles)):
+            if tile_needs_exact(exponents, tile, bits, 1.0, HEIGHT):
+                # Tiles of x were counted along its rows first.
+                block = tl.where(turned, tile // strips, tile % blocks)
+                first_row = tl.where(turned, tile % strips, tile // blocks) * HEIGHT
+                values = _load_tile(x, first_row, block * 128, rows, columns, row_stride, column_stride, HEIGHT, 128)
+                values = exact_values(rotate(values, rotation, True), bits, seed, first_row + i, block, scale, STREAM_GRADIENT)
+                store_values(values, out, first_row, i, rows, block, blocks)
 
 
 TILES_A_CHECK = 4
@@ -207,7 +198,7 @@ def grad_values(
     forms = {**asked, "ROWS": tile.rows, "COLUMNS": tile.columns}
     with on_device_of(e):
         gradient_values_kernel[(programs,)](*arguments, **forms, STAGES=tile.stages, **tile.options, **FUSED)
-        gradient_again_kernel[(triton.cdiv(tiles, TILES_A_CHECK),)](
+        gradient_again_kernel[(sum(asked.values()) * triton.cdiv(tiles, TILES_A_CHECK),)](
             *arguments, programs, **forms, TILES=TILES_A_CHECK, num_warps=8, **EXACT
         )
     return row_out, column_out

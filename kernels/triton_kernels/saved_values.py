@@ -112,17 +112,17 @@ def _column_order(COLUMNS: tl.constexpr):
     return (p & -8) + ((p >> 1) & 3) + 4 * (p & 1)
 
 
-@triton.jit(do_not_specialize=["index", "rank"])
+@triton.jit(do_not_specialize=["index", "rank", "chunk"])
 def saved_values_kernel(
-    codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
+    codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, chunk,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Packed [length, columns], codes as int32 words -> out [columns, ceil(length/128)*128]. A program does CHUNK neighbouring strips."""
+    """Packed [length, columns], codes as int32 words -> out [columns, ceil(length/128)*128]. A program does `chunk` neighbouring strips."""
     strips = tl.cdiv(columns, COLUMNS)
     blocks = tl.cdiv(length, 128)
-    chunks = tl.cdiv(strips, CHUNK)
+    chunks = tl.cdiv(strips, chunk)
     block = tl.program_id(0) // chunks
-    first = tl.program_id(0) % chunks * CHUNK
+    first = tl.program_id(0) % chunks * chunk
     matrix = load_rotation(rotations, index, tl.bfloat16)
     seed = seed_of_rank(seeds, index, rank)
     g = tl.load(incoming)
@@ -130,7 +130,7 @@ def saved_values_kernel(
     words, bytes_ = _load_packed(codes, scales, block, first, length, groups_per_row, COLUMNS)
     values = _unpack(words, bytes_, COLUMNS)
     peaks = tl.zeros((COLUMNS,), tl.int32)
-    for strip in tl.range(first, tl.minimum(first + CHUNK, strips), num_stages=1):
+    for strip in tl.range(first, tl.minimum(first + chunk, strips), num_stages=1):
         rotated = rotate(tl.trans(values), matrix, True)
         words, bytes_ = _load_packed(codes, scales, block, strip + 1, length, groups_per_row, COLUMNS)
         row = strip * COLUMNS + i
@@ -142,7 +142,7 @@ def saved_values_kernel(
     store_peak(peaks, program_peaks)
 
 
-@triton.jit(do_not_specialize=["index", "rank"])
+@triton.jit(do_not_specialize=["index", "rank", "tiles", "programs"])
 def saved_again_kernel(
     codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, tiles, programs,
     COLUMNS: tl.constexpr, TILES: tl.constexpr,
@@ -200,7 +200,7 @@ def requantize_values(
         length, columns, groups_per_row,
     )  # fmt: skip
     with on_device_of(codes):
-        saved_values_kernel[(programs,)](*arguments, COLUMNS=TILE_COLUMNS, CHUNK=chunk, **OPTIONS, **FUSED)
+        saved_values_kernel[(programs,)](*arguments, chunk, COLUMNS=TILE_COLUMNS, **OPTIONS, **FUSED)
         saved_again_kernel[(triton.cdiv(blocks * strips, TILES_A_CHECK),)](
             *arguments, blocks * strips, programs, COLUMNS=TILE_COLUMNS, TILES=TILES_A_CHECK, num_warps=8, **EXACT
         )
