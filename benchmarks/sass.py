@@ -1,0 +1,248 @@
+"""How many instructions a thread issues, read off the machine code (SASS) of a compiled kernel.
+
+nvdisasm, which ships with Triton, lists the instructions; they are cut into basic blocks and joined to a control-flow graph. A count is the
+*longest path* through that graph: of the two sides of a branch the longer one, an instruction whose predicate is false like any other,
+since it takes an issue slot too. Three things are not followed:
+    slow paths    blocks that call a subroutine for operands out of the ordinary (IEEE division of subnormal numbers) or a trap
+    rare          blocks of device functions that the caller names, because they hardly ever run
+    repetition    every loop but the longest is gone through once: waits for the tensor cores, mostly. `Count.inner` tells of them.
+Other subroutines (64-bit integer division) are counted at each call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_LABEL = re.compile(r"\s*([.$][\w.$]+|\w+):\s*$")
+_INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+_SOURCE = re.compile(r'"([^"]+)", line (\d+)')
+_TARGET = re.compile(r"`\((\S+?)\)")
+_SLOW = ("slowpath", "trap")
+"""In the names of subroutines that ordinary operands never reach."""
+
+
+class ToolError(RuntimeError):
+    """A program that comes with Triton is missing or failed."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """opcode: with its modifiers. lines: (file name, line) of the source, those that it was inlined into included."""
+
+    opcode: str
+    predicate: str
+    operands: str
+    lines: frozenset[tuple[str, int]] = frozenset()
+
+    @property
+    def target(self) -> str | None:
+        """The label that it jumps to."""
+        found = _TARGET.search(self.operands)
+        return found.group(1) if found else None
+
+    @property
+    def conditional(self) -> bool:
+        """A jump that may not be taken: predicated, or with a predicate for operand (``BRA.U UP0, `(label)``)."""
+        return bool(self.predicate) or not self.operands.startswith("`(")
+
+
+@dataclass(frozen=True)
+class Count:
+    """Instructions a thread issues: `once`, and `body` in each pass through the longest loop (0: no loop of `LOOP` instructions).
+
+    opcodes: those of the body, or of everything without a loop, modifiers dropped. inner: the longest other loop, gone through once.
+    """
+
+    once: int
+    body: int
+    opcodes: Mapping[str, int] = field(default_factory=Counter)
+    inner: int = 0
+
+
+LOOP = 24
+"""Instructions from which a loop is one of work: shorter ones wait for a barrier."""
+
+
+# ---------------------------------------------------------------- listing
+
+
+def disassemble(cubin: bytes) -> str:
+    """nvdisasm's listing with source lines."""
+    import triton
+
+    tool = Path(triton.knobs.nvidia.nvdisasm.path)
+    if not os.access(tool, os.X_OK):
+        raise ToolError(f"{tool} is missing: the nvdisasm that comes with Triton on Linux is needed")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([str(tool), "-gi", "-c", file.name], capture_output=True, text=True)
+    if done.returncode:
+        raise ToolError(f"nvdisasm: {done.stderr.strip() or done.returncode}")
+    return done.stdout
+
+
+def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
+    """Instructions in order, and the index of the instruction behind each label."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    lines: list[tuple[str, int]] = []
+    fresh = True
+    for text in listing.splitlines():
+        if text.lstrip().startswith("//## File"):
+            if fresh:
+                lines, fresh = [], False
+            lines += [(Path(name).name, int(number)) for name, number in _SOURCE.findall(text)]
+        elif found := _INSTRUCTION.match(text):
+            predicate, opcode, operands = found.groups()
+            instructions.append(Instruction(opcode, predicate or "", operands, frozenset(lines)))
+            fresh = True
+        elif found := _LABEL.match(text):
+            labels[found.group(1)] = len(instructions)
+    return instructions, labels
+
+
+# ---------------------------------------------------------------- control flow
+
+
+class Graph:
+    """Basic blocks, each named by the index of its first instruction, and the edges between them."""
+
+    def __init__(self, listing: str, rare: Iterable[Any] = ()) -> None:
+        self.instructions, self.labels = parse(listing)
+        if not self.instructions:
+            raise ToolError("no instructions in the listing")
+        self._rare = [_lines_of(function) for function in rare]
+        ends = {i + 1 for i, at in enumerate(self.instructions) if _family(at) in ("BRA", "EXIT", "RET", "CALL")}
+        starts = sorted({0, *self.labels.values(), *ends} - {len(self.instructions)})
+        self.blocks = {start: range(start, end) for start, end in zip(starts, [*starts[1:], len(self.instructions)], strict=True)}
+        self.after = {start: self._successors(block) for start, block in self.blocks.items()}
+
+    def _successors(self, block: range) -> tuple[int, ...]:
+        last = self.instructions[block[-1]]
+        follows = (block.stop,) if block.stop < len(self.instructions) else ()
+        match _family(last):
+            case "BRA":
+                if last.target not in self.labels:
+                    raise ToolError(f"a jump to an unknown place: {last.operands}")
+                return (*follows, self.labels[last.target]) if last.conditional else (self.labels[last.target],)
+            case "EXIT" | "RET":
+                return follows if last.predicate else ()
+            case "BRX" | "JMX":
+                raise ToolError("an indirect jump: paths cannot be counted")
+        return follows
+
+    def avoided(self, start: int) -> bool:
+        """A slow path, or mostly instructions of a rare function."""
+        block = [self.instructions[i] for i in self.blocks[start]]
+        if any(_family(at) == "CALL" and _is_slow(at) for at in block):
+            return True
+        rare = sum(any(at.lines & lines for lines in self._rare) for at in block)
+        return 2 * rare > len(block)
+
+    def opcodes(self, start: int) -> Counter[str]:
+        """What a block issues, with the subroutines that it calls."""
+        counted: Counter[str] = Counter()
+        for i in self.blocks[start]:
+            at = self.instructions[i]
+            counted[_family(at)] += 1
+            if _family(at) == "CALL":
+                counted += self.longest(self.labels[at.target or ""])
+        return counted
+
+    def reachable(self, entry: int) -> tuple[list[int], set[tuple[int, int]]]:
+        """Blocks from `entry` on, successors first, and the edges that close loops; without avoided blocks."""
+        done: list[int] = []
+        state: dict[int, str] = {}
+        back: set[tuple[int, int]] = set()
+        stack = [(entry, iter(self.after[entry]))]
+        state[entry] = "open"
+        while stack:
+            block, successors = stack[-1]
+            following = next(successors, None)
+            if following is None:
+                state[block] = "done"
+                done.append(block)
+                stack.pop()
+            elif state.get(following) == "open":
+                back.add((block, following))
+            elif following not in state and not self.avoided(following):
+                state[following] = "open"
+                stack.append((following, iter(self.after[following])))
+        return done, back
+
+    def loops(self, entry: int) -> dict[int, set[int]]:
+        """Header -> the blocks of its loop: those from which an edge back to the header can be reached."""
+        done, back = self.reachable(entry)
+        before: dict[int, set[int]] = {block: set() for block in done}
+        for block in done:
+            for following in self.after[block]:
+                if following in before:
+                    before[following].add(block)
+        found: dict[int, set[int]] = {}
+        for last, header in back:
+            loop = found.setdefault(header, {header})
+            todo = [last]
+            while todo:
+                block = todo.pop()
+                if block not in loop:
+                    loop.add(block)
+                    todo += before[block]
+        return found
+
+    def longest(self, entry: int, within: set[int] | None = None, without: set[int] = frozenset()) -> Counter[str]:  # type: ignore[assignment]
+        """Opcodes on the longest path from `entry` to an end, or back to it; `without`: blocks on the path that do not count.
+
+        `within`: a path that stays in these blocks.
+        """
+        done, back = self.reachable(entry)
+        best: dict[int, Counter[str]] = {}
+        for block in done:
+            if within is not None and block not in within:
+                continue
+            tails = [best[following] for following in self.after[block] if following in best and (block, following) not in back]
+            own = Counter() if block in without else self.opcodes(block)
+            best[block] = own + max(tails, key=Counter.total, default=Counter())
+        return best[entry]
+
+
+def _family(at: Instruction) -> str:
+    return at.opcode.split(".")[0]
+
+
+def _is_slow(at: Instruction) -> bool:
+    return any(word in at.operands for word in _SLOW)
+
+
+def _lines_of(function: Any) -> frozenset[tuple[str, int]]:
+    """(file name, line) of a Triton function's source."""
+    source, first = inspect.getsourcelines(function.fn)
+    name = Path(inspect.getsourcefile(function.fn) or "").name
+    return frozenset((name, first + i) for i in range(len(source)))
+
+
+# ---------------------------------------------------------------- counts
+
+
+def count(listing: str, rare: Sequence[Any] = ()) -> Count:
+    """The count of the one kernel in a listing. rare: Triton functions that are taken never to run."""
+    graph = Graph(listing, rare)
+    entry = next((i for label, i in graph.labels.items() if label.startswith(".text.")), 0)
+    loops = graph.loops(entry)
+    sizes = {header: sum(len(graph.blocks[block]) for block in loop) for header, loop in loops.items()}
+    main = max(sizes, key=sizes.__getitem__, default=None)
+    if main is None or sizes[main] < LOOP:
+        path = graph.longest(entry)
+        return Count(path.total(), 0, path, max(sizes.values(), default=0))
+    body = graph.longest(main, within=loops[main])
+    once = graph.longest(entry, without=loops[main])
+    return Count(once.total(), body.total(), body, max((size for header, size in sizes.items() if header != main), default=0))
