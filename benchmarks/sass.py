@@ -12,12 +12,11 @@ Other subroutines (64-bit integer division) are counted at each call.
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,14 @@ _LABEL = re.compile(r"\s*([.$][\w.$]+|\w+):\s*$")
 _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
 _SOURCE = re.compile(r'"([^"]+)", line (\d+)')
 _TARGET = re.compile(r"`\((\S+?)\)")
+_LIBRARY = "/triton/language/"
+"""In the paths of Triton's own functions, which are told by the line that uses them."""
 _SLOW = ("slowpath", "trap")
 """In the names of subroutines that ordinary operands never reach."""
+
+Line = tuple[str, int]
+Issued = Counter[tuple[str, Line | None]]
+"""What a path issues: (opcode without modifiers, line of the source) -> how many."""
 
 
 class ToolError(RuntimeError):
@@ -36,12 +41,17 @@ class ToolError(RuntimeError):
 
 @dataclass(frozen=True)
 class Instruction:
-    """opcode: with its modifiers. lines: (file name, line) of the source, those that it was inlined into included."""
+    """opcode: with its modifiers. lines: (file name, line) of the source, innermost first, then those that it was inlined into."""
 
     opcode: str
     predicate: str
     operands: str
-    lines: frozenset[tuple[str, int]] = frozenset()
+    lines: tuple[Line, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """The opcode without modifiers."""
+        return self.opcode.split(".")[0]
 
     @property
     def target(self) -> str | None:
@@ -59,13 +69,21 @@ class Instruction:
 class Count:
     """Instructions a thread issues: `once`, and `body` in each pass through the longest loop (0: no loop of `LOOP` instructions).
 
-    opcodes: those of the body, or of everything without a loop, modifiers dropped. inner: the longest other loop, gone through once.
+    issued: those of the body, or of everything without a loop. inner: instructions of the longest other loop, gone through once.
     """
 
     once: int
     body: int
-    opcodes: Mapping[str, int] = field(default_factory=Counter)
+    issued: Issued = field(default_factory=Counter)
     inner: int = 0
+
+    def opcodes(self) -> Counter[str]:
+        """How many of each, modifiers dropped."""
+        return _summed((family, n) for (family, _), n in self.issued.items())
+
+    def sources(self) -> Counter[Line | None]:
+        """How many from each line of the source."""
+        return _summed((line, n) for (_, line), n in self.issued.items())
 
 
 LOOP = 24
@@ -75,17 +93,23 @@ LOOP = 24
 # ---------------------------------------------------------------- listing
 
 
-def disassemble(cubin: bytes) -> str:
-    """nvdisasm's listing with source lines."""
+def tool(name: str) -> str:
+    """The path of "ptxas" or "nvdisasm", as Triton finds it."""
     import triton
 
-    tool = Path(triton.knobs.nvidia.nvdisasm.path)
-    if not os.access(tool, os.X_OK):
-        raise ToolError(f"{tool} is missing: the nvdisasm that comes with Triton on Linux is needed")
+    try:
+        found = getattr(triton.knobs.nvidia, name)
+    except RuntimeError as error:
+        raise ToolError(f"{name}, which comes with Triton on Linux, is missing: {error}") from error
+    return found.path
+
+
+def disassemble(cubin: bytes) -> str:
+    """nvdisasm's listing with source lines."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([str(tool), "-gi", "-c", file.name], capture_output=True, text=True)
+        done = subprocess.run([tool("nvdisasm"), "-gi", "-c", file.name], capture_output=True, text=True)
     if done.returncode:
         raise ToolError(f"nvdisasm: {done.stderr.strip() or done.returncode}")
     return done.stdout
@@ -95,16 +119,17 @@ def parse(listing: str) -> tuple[list[Instruction], dict[str, int]]:
     """Instructions in order, and the index of the instruction behind each label."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
-    lines: list[tuple[str, int]] = []
+    lines: list[Line] = []
     fresh = True
     for text in listing.splitlines():
         if text.lstrip().startswith("//## File"):
             if fresh:
                 lines, fresh = [], False
-            lines += [(Path(name).name, int(number)) for name, number in _SOURCE.findall(text)]
+            places = _SOURCE.findall(text)
+            lines += [(Path(name).name, int(number)) for name, number in places if _LIBRARY not in name]
         elif found := _INSTRUCTION.match(text):
             predicate, opcode, operands = found.groups()
-            instructions.append(Instruction(opcode, predicate or "", operands, frozenset(lines)))
+            instructions.append(Instruction(opcode, predicate or "", operands, tuple(lines)))
             fresh = True
         elif found := _LABEL.match(text):
             labels[found.group(1)] = len(instructions)
@@ -122,7 +147,7 @@ class Graph:
         if not self.instructions:
             raise ToolError("no instructions in the listing")
         self._rare = [_lines_of(function) for function in rare]
-        ends = {i + 1 for i, at in enumerate(self.instructions) if _family(at) in ("BRA", "EXIT", "RET", "CALL")}
+        ends = {i + 1 for i, at in enumerate(self.instructions) if at.family in ("BRA", "EXIT", "RET", "CALL")}
         starts = sorted({0, *self.labels.values(), *ends} - {len(self.instructions)})
         self.blocks = {start: range(start, end) for start, end in zip(starts, [*starts[1:], len(self.instructions)], strict=True)}
         self.after = {start: self._successors(block) for start, block in self.blocks.items()}
@@ -130,7 +155,7 @@ class Graph:
     def _successors(self, block: range) -> tuple[int, ...]:
         last = self.instructions[block[-1]]
         follows = (block.stop,) if block.stop < len(self.instructions) else ()
-        match _family(last):
+        match last.family:
             case "BRA":
                 if last.target not in self.labels:
                     raise ToolError(f"a jump to an unknown place: {last.operands}")
@@ -144,19 +169,23 @@ class Graph:
     def avoided(self, start: int) -> bool:
         """A slow path, or mostly instructions of a rare function."""
         block = [self.instructions[i] for i in self.blocks[start]]
-        if any(_family(at) == "CALL" and _is_slow(at) for at in block):
+        if any(at.family == "CALL" and _is_slow(at) for at in block):
             return True
-        rare = sum(any(at.lines & lines for lines in self._rare) for at in block)
+        rare = sum(any(lines.intersection(at.lines) for lines in self._rare) for at in block)
         return 2 * rare > len(block)
 
-    def opcodes(self, start: int) -> Counter[str]:
-        """What a block issues, with the subroutines that it calls."""
-        counted: Counter[str] = Counter()
+    def issued(self, start: int) -> Issued:
+        """What a block issues, with the subroutines that it calls, which are put down to the line that calls them."""
+        counted: Issued = Counter()
         for i in self.blocks[start]:
             at = self.instructions[i]
-            counted[_family(at)] += 1
-            if _family(at) == "CALL":
-                counted += self.longest(self.labels[at.target or ""])
+            line = at.lines[0] if at.lines else None
+            counted[at.family, line] += 1
+            if at.family == "CALL":
+                if at.target not in self.labels:
+                    raise ToolError(f"a call to an unknown place: {at.operands}")
+                for (family, _), n in self.longest(self.labels[at.target]).items():
+                    counted[family, line] += n
         return counted
 
     def reachable(self, entry: int) -> tuple[list[int], set[tuple[int, int]]]:
@@ -199,31 +228,31 @@ class Graph:
                     todo += before[block]
         return found
 
-    def longest(self, entry: int, within: set[int] | None = None, without: set[int] = frozenset()) -> Counter[str]:  # type: ignore[assignment]
-        """Opcodes on the longest path from `entry` to an end, or back to it; `without`: blocks on the path that do not count.
-
-        `within`: a path that stays in these blocks.
-        """
+    def longest(self, entry: int, within: Set[int] | None = None, without: Set[int] = frozenset()) -> Issued:
+        """The longest path from `entry` to an end, or back to it. within: stay in these blocks; without: do not count these."""
         done, back = self.reachable(entry)
-        best: dict[int, Counter[str]] = {}
+        best: dict[int, Issued] = {}
         for block in done:
             if within is not None and block not in within:
                 continue
             tails = [best[following] for following in self.after[block] if following in best and (block, following) not in back]
-            own = Counter() if block in without else self.opcodes(block)
+            own = Counter() if block in without else self.issued(block)
             best[block] = own + max(tails, key=Counter.total, default=Counter())
         return best[entry]
 
 
-def _family(at: Instruction) -> str:
-    return at.opcode.split(".")[0]
+def _summed(counts: Iterable[tuple[Any, int]]) -> Counter[Any]:
+    total: Counter[Any] = Counter()
+    for key, n in counts:
+        total[key] += n
+    return total
 
 
 def _is_slow(at: Instruction) -> bool:
     return any(word in at.operands for word in _SLOW)
 
 
-def _lines_of(function: Any) -> frozenset[tuple[str, int]]:
+def _lines_of(function: Any) -> frozenset[Line]:
     """(file name, line) of a Triton function's source."""
     source, first = inspect.getsourcelines(function.fn)
     name = Path(inspect.getsourcefile(function.fn) or "").name
