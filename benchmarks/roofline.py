@@ -50,7 +50,7 @@ FRACTIONS = {
 SPEED_HEADER = (
     "GPU", "linears", "BF16 ms", "NVFP4 ms", "products", "quantizers", "speedup", "maxima given", "no issue", "paper", "goal", "FP4 needed",
 )  # fmt: skip
-KERNEL_HEADER = ("GPU", "kernel", "launches", "instr/elem", "bytes us", "instr us", "tensor us", "bound", "note")
+KERNEL_HEADER = ("GPU", "kernel", "calls", "instr/elem", "bytes us", "instr us", "tensor us", "bound", "note")
 
 
 # ---------------------------------------------------------------- figures
@@ -114,7 +114,7 @@ def kernel_rows(kernels: Mapping[str, Compiled], forward: str, gpu: Gpu, reached
     rows = []
     for name, launches in by_kernel(nvfp4_costs(kernels, forward, TOKENS, 4096, 4096, gpu, reached)).items():
         cost, count = added(launches), kernels[name].count
-        opcodes = _shares(count.opcodes().items(), count.issued.total(), most=4)
+        opcodes = _shares(count.opcodes().items(), count.issued.total(), most=3)
         times = (f"{getattr(cost, bound) * 1e6:.0f}" for bound in BOUNDS)
         rows.append([gpu.name, name, str(len(launches)), f"{cost.issued:.1f}", *times, cost.bound, opcodes])
     return rows

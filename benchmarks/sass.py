@@ -86,7 +86,7 @@ class Count:
         return _summed((line, n) for (_, line), n in self.issued.items())
 
 
-LOOP = 24
+LOOP = 12
 """Instructions from which a loop is one of work: shorter ones wait for a barrier."""
 
 
@@ -147,9 +147,10 @@ class Graph:
         if not self.instructions:
             raise ToolError("no instructions in the listing")
         self._rare = [_lines_of(function) for function in rare]
-        ends = {i + 1 for i, at in enumerate(self.instructions) if at.family in ("BRA", "EXIT", "RET", "CALL")}
+        ends = {i + 1 for i, at in enumerate(self.instructions) if at.family in ("BRA", "BRX", "JMX", "EXIT", "RET", "CALL")}
         starts = sorted({0, *self.labels.values(), *ends} - {len(self.instructions)})
         self.blocks = {start: range(start, end) for start, end in zip(starts, [*starts[1:], len(self.instructions)], strict=True)}
+        self._issued: dict[int, Issued] = {}
         self.after = {start: self._successors(block) for start, block in self.blocks.items()}
 
     def _successors(self, block: range) -> tuple[int, ...]:
@@ -176,7 +177,9 @@ class Graph:
 
     def issued(self, start: int) -> Issued:
         """What a block issues, with the subroutines that it calls, which are put down to the line that calls them."""
-        counted: Issued = Counter()
+        if start in self._issued:
+            return self._issued[start]
+        counted = self._issued[start] = Counter()
         for i in self.blocks[start]:
             at = self.instructions[i]
             line = at.lines[0] if at.lines else None
@@ -231,14 +234,22 @@ class Graph:
     def longest(self, entry: int, within: Set[int] | None = None, without: Set[int] = frozenset()) -> Issued:
         """The longest path from `entry` to an end, or back to it. within: stay in these blocks; without: do not count these."""
         done, back = self.reachable(entry)
-        best: dict[int, Issued] = {}
+        length: dict[int, int] = {}
+        following: dict[int, int | None] = {}
         for block in done:
             if within is not None and block not in within:
                 continue
-            tails = [best[following] for following in self.after[block] if following in best and (block, following) not in back]
-            own = Counter() if block in without else self.issued(block)
-            best[block] = own + max(tails, key=Counter.total, default=Counter())
-        return best[entry]
+            onward = [after for after in self.after[block] if after in length and (block, after) not in back]
+            following[block] = best = max(onward, key=length.__getitem__, default=None)
+            own = 0 if block in without else self.issued(block).total()
+            length[block] = own + (0 if best is None else length[best])
+        path: Issued = Counter()
+        at: int | None = entry
+        while at is not None:
+            if at not in without:
+                path.update(self.issued(at))
+            at = following[at]
+        return path
 
 
 def _summed(counts: Iterable[tuple[Any, int]]) -> Counter[Any]:
