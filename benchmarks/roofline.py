@@ -110,13 +110,15 @@ def _shares(counts: Iterable[tuple[str, int]], total: int, most: int) -> str:
 def kernel_rows(kernels: Mapping[str, Compiled], forward: str, gpu: Gpu, reached: Reached) -> list[list[str]]:
     """One row a kernel, its launches in a linear of 4096 to 4096 features together."""
     from roofline_model import BOUNDS, added, by_kernel, nvfp4_costs
+    from sass import LOOP
 
     rows = []
     for name, launches in by_kernel(nvfp4_costs(kernels, forward, TOKENS, 4096, 4096, gpu, reached)).items():
         cost, count = added(launches), kernels[name].count
         opcodes = _shares(count.opcodes().items(), count.issued.total(), most=3)
+        unknown = f"; a loop of {count.inner} counted once" if count.inner >= LOOP else ""
         times = (f"{getattr(cost, bound) * 1e6:.0f}" for bound in BOUNDS)
-        rows.append([gpu.name, name, str(len(launches)), f"{cost.issued:.1f}", *times, cost.bound, opcodes])
+        rows.append([gpu.name, name, str(len(launches)), f"{cost.issued:.1f}", *times, cost.bound, opcodes + unknown])
     return rows
 
 
