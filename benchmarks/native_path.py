@@ -28,12 +28,13 @@ Constants = Mapping[str, Any]
 class Pass:
     """A launch over the elements of an operand.
 
-    case: its name in `offline.cases`. tile: elements of a tile, from the constants. bytes, flops: an element. programs: how many to an SM
-    share the tiles, in a loop; None: one program a tile. rare: device functions that ordinary numbers do not reach.
+    case: its name in `offline.cases`. tile: elements of a tile, from the constants; None: no kernel of ours, of which only the bytes are
+    known. bytes, flops: an element. programs: how many to an SM share the tiles, in a loop; None: one program a tile. rare: device
+    functions that ordinary numbers do not reach.
     """
 
     case: str
-    tile: Callable[[Constants], int]
+    tile: Callable[[Constants], int] | None
     bytes: float
     flops: float = 0.0
     programs: int | None = None
@@ -50,6 +51,9 @@ GRADIENT = Pass("gradient", lambda c: c["ROWS"] * 128, BF16 + CODE + PROVISIONAL
 TRANSPOSED = Pass("gradient_transposed", lambda c: c["ROWS"] * 128, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
 SAVED = Pass("saved", lambda c: c["COLUMNS"] * 128, CODE + SCALE + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
 ALIGN = Pass("align_scales", _groups, PROVISIONAL + SCALE)
+SWIZZLE = Pass("swizzle", None, 2 * SCALE)
+"""The scales in the order that tensor cores read (`passes.swizzle`): pointwise code by Inductor."""
+
 
 WORDS = Pass("words", _groups, BF16 + CODE + SCALE)
 WORDS_ALIGN = Pass("align", lambda c: c["CHUNK"] * 16, 2 * SCALE, programs=2, rare=(forward_values._quantize_again,))
@@ -58,15 +62,15 @@ FORWARD = {"two": (MAXIMUM, FOUR_OVER_SIX), "one": (WORDS, WORDS_ALIGN)}
 """Passes over x and w -> launches. `quartet::quantize` makes two; `forward_values.quantize_one_pass`, which makes one, is not used yet."""
 
 BACKWARD: Mapping[str, tuple[str, tuple[Pass, ...]]] = {
-    "quantize_grad e": ("e", (GRADIENT, ALIGN)),
-    "requantize w": ("w", (SAVED, ALIGN)),
-    "quantize_grad e^T": ("e", (TRANSPOSED, ALIGN)),
-    "requantize x": ("x", (SAVED, ALIGN)),
+    "quantize_grad e": ("e", (GRADIENT, ALIGN, SWIZZLE)),
+    "requantize w": ("w", (SAVED, ALIGN, SWIZZLE)),
+    "quantize_grad e^T": ("e", (TRANSPOSED, ALIGN, SWIZZLE)),
+    "requantize x": ("x", (SAVED, ALIGN, SWIZZLE)),
 }
 """Operator -> the operand that it reads, x [tokens, in], w [out, in] or e [tokens, out], and its launches."""
 
-PRODUCT = "native_matmul"
-"""The case of the FP4 product: a program makes a tile of the output, in a loop over K."""
+PRODUCT = "product_swizzled_0"
+"""The case of the FP4 product: a program makes a tile of the output, in a loop over K. The tile that is taken without autotuning."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,14 @@ class Compiled:
 
 def quantizers(forward: str) -> dict[str, tuple[str, tuple[Pass, ...]]]:
     """All operators but the products, in order. forward: a key of `FORWARD`."""
-    return {f"quantize {operand}": (operand, FORWARD[forward]) for operand in "xw"} | dict(BACKWARD)
+    return {f"quantize {operand}": (operand, (*FORWARD[forward], SWIZZLE)) for operand in "xw"} | dict(BACKWARD)
 
 
 def read(capability: int, forward: str) -> dict[str, Compiled]:
     """Every kernel that is launched, compiled for a compute capability and bfloat16 operands. Case name -> counts."""
     known = cases(capability, "bf16")
-    rare = {launch.case: launch.rare for _, launches in quantizers(forward).values() for launch in launches} | {PRODUCT: ()}
+    launches = [launch for _, launches in quantizers(forward).values() for launch in launches if launch.tile]
+    rare = {launch.case: launch.rare for launch in launches} | {PRODUCT: ()}
     return {
         name: Compiled(known[name], count(disassemble(compiled(known[name], capability).asm["cubin"]), functions))
         for name, functions in rare.items()

@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib.util
 import linecache
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from measuring import command_line, environment, progress, table, write_json
 if TYPE_CHECKING:
     from native_path import Compiled
     from roofline_model import Reached
+    from sass import Count
 
 TOKENS = 16 * 2048
 MODELS = {
@@ -102,33 +103,34 @@ def speed_cells(figure: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _shares(counts: Iterable[tuple[str, int]], total: int, most: int) -> str:
-    largest = sorted(counts, key=lambda item: -item[1])[:most]
-    return ", ".join(f"{name} {n / total:.0%}" for name, n in largest)
+def kernel_note(count: Count) -> str:
+    """The three most frequent instructions, and what was not followed."""
+    from sass import LOOP
+
+    most = ", ".join(f"{opcode} {n / count.issued.total():.0%}" for opcode, n in count.opcodes().most_common(3))
+    return f"{most}; a loop of {count.inner} counted once" if count.inner >= LOOP else most
 
 
 def kernel_rows(kernels: Mapping[str, Compiled], forward: str, gpu: Gpu, reached: Reached) -> list[list[str]]:
     """One row a kernel, its launches in a linear of 4096 to 4096 features together."""
     from roofline_model import BOUNDS, added, by_kernel, nvfp4_costs
-    from sass import LOOP
 
     rows = []
     for name, launches in by_kernel(nvfp4_costs(kernels, forward, TOKENS, 4096, 4096, gpu, reached)).items():
-        cost, count = added(launches), kernels[name].count
-        opcodes = _shares(count.opcodes().items(), count.issued.total(), most=3)
-        unknown = f"; a loop of {count.inner} counted once" if count.inner >= LOOP else ""
+        cost = added(launches)
+        note = kernel_note(kernels[name].count) if name in kernels else "by Inductor: bytes alone"
         times = (f"{getattr(cost, bound) * 1e6:.0f}" for bound in BOUNDS)
-        rows.append([gpu.name, name, str(len(launches)), f"{cost.issued:.1f}", *times, cost.bound, opcodes + unknown])
+        rows.append([gpu.name, name, str(len(launches)), f"{cost.issued:.1f}", *times, cost.bound, note])
     return rows
 
 
-def hot_lines(name: str, count: Any) -> list[str]:
+def hot_lines(name: str, count: Count) -> list[str]:
     """The three lines of the source that most instructions of a kernel come from."""
     import quartet_compile.kernels.triton_kernels as package
 
     folder = Path(package.__file__).parent
     lines = []
-    for line, n in sorted(count.sources().items(), key=lambda item: -item[1])[:3]:
+    for line, n in count.sources().most_common(3):
         text = "no line told" if line is None else f"{line[0]}:{line[1]}  {linecache.getline(str(folder / line[0]), line[1]).strip()}"
         lines.append(f"  {name:<20} {n / count.issued.total():4.0%}  {text}"[:130])
     return lines

@@ -51,16 +51,23 @@ class Cost:
         return max(BOUNDS, key=lambda name: getattr(self, name))
 
 
-def pass_cost(launch: Pass, kernel: Compiled, elements: int, gpu: Gpu, reached: Reached) -> Cost:
-    """A quantizer's kernel over so many elements."""
+def _issued(launch: Pass, kernels: Mapping[str, Compiled], elements: int, gpu: Gpu) -> int:
+    """Instructions of all threads of a launch; 0 for a kernel that is not ours."""
+    if launch.tile is None:
+        return 0
+    kernel = kernels[launch.case]
     tiles = -(-elements // launch.tile(kernel.case.constants))
     if launch.programs is None:
-        issued = kernel.threads * tiles * (kernel.count.once + kernel.count.body)
-    elif kernel.count.body:
-        programs = min(tiles, launch.programs * gpu.processors)
-        issued = kernel.threads * (programs * kernel.count.once + tiles * kernel.count.body)
-    else:
+        return kernel.threads * tiles * (kernel.count.once + kernel.count.body)
+    if not kernel.count.body:
         raise ValueError(f"{launch.case}: its programs are said to loop over tiles, but no loop was found")
+    programs = min(tiles, launch.programs * gpu.processors)
+    return kernel.threads * (programs * kernel.count.once + tiles * kernel.count.body)
+
+
+def pass_cost(launch: Pass, kernels: Mapping[str, Compiled], elements: int, gpu: Gpu, reached: Reached) -> Cost:
+    """A launch over so many elements."""
+    issued = _issued(launch, kernels, elements, gpu)
     return Cost(
         launch.case,
         bytes=elements * launch.bytes / (reached.bandwidth * gpu.bandwidth),
@@ -107,7 +114,7 @@ def nvfp4_costs(
     elements = {"x": tokens * inputs, "w": outputs * inputs, "e": tokens * outputs}
     costs = []
     for operand, launches in quantizers(forward).values():
-        costs += [pass_cost(launch, kernels[launch.case], elements[operand], gpu, reached) for launch in launches]
+        costs += [pass_cost(launch, kernels, elements[operand], gpu, reached) for launch in launches]
     return costs + [product_cost(kernels[PRODUCT], *shape, gpu, reached) for shape in products(tokens, inputs, outputs)]
 
 

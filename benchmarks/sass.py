@@ -2,9 +2,10 @@
 
 nvdisasm, which ships with Triton, lists the instructions; they are cut into basic blocks and joined to a control-flow graph. A count is the
 *longest path* through that graph: of the two sides of a branch the longer one, an instruction whose predicate is false like any other,
-since it takes an issue slot too. Three things are not followed:
+since it takes an issue slot too. Four things are not followed:
     slow paths    blocks that call a subroutine for operands out of the ordinary (IEEE division of subnormal numbers) or a trap
     rare          blocks of device functions that the caller names, because they hardly ever run
+    elected       blocks that issue tcgen05.mma, which one warp does for all (`UTC?MMA`)
     repetition    every loop but the longest is gone through once: waits for the tensor cores, mostly. `Count.inner` tells of them.
 Other subroutines (64-bit integer division) are counted at each call.
 """
@@ -27,6 +28,7 @@ _SOURCE = re.compile(r'"([^"]+)", line (\d+)')
 _TARGET = re.compile(r"`\((\S+?)\)")
 _LIBRARY = "/triton/language/"
 """In the paths of Triton's own functions, which are told by the line that uses them."""
+_ELECTED = re.compile(r"UTC\wMMA")
 _SLOW = ("slowpath", "trap")
 """In the names of subroutines that ordinary operands never reach."""
 
@@ -180,6 +182,8 @@ class Graph:
         if start in self._issued:
             return self._issued[start]
         counted = self._issued[start] = Counter()
+        if any(_ELECTED.fullmatch(self.instructions[i].family) for i in self.blocks[start]):
+            return counted
         for i in self.blocks[start]:
             at = self.instructions[i]
             line = at.lines[0] if at.lines else None

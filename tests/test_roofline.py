@@ -74,7 +74,7 @@ def test_a_loop_is_told_from_what_runs_once():
 
 def test_waiting_for_a_barrier_is_no_loop_of_work():
     count = sass.count(listing("""
-        UTCHMMA gdesc[UR6]
+        BAR.SYNC 0x0
         .L_wait:
         SYNCS.PHASECHK P0, [UR4]
         @!P0 BRA `(.L_wait)
@@ -84,6 +84,20 @@ def test_waiting_for_a_barrier_is_no_loop_of_work():
         EXIT
     """))
     assert (count.once, count.body, count.inner) == (6, 0, 2)
+
+
+def test_what_one_warp_does_for_all_is_left_out():
+    count = sass.count(listing("""
+        BAR.SYNC 0x0
+        BRA.U UP0, `(.L_others)
+        UMOV UR9, 0x4008
+        UTCOMMA.4X gdesc[UR8], gdesc[UR10]
+        UTCBAR [UR6], URZ
+        .L_others:
+        BAR.SYNC 0x0
+        EXIT
+    """))
+    assert count.opcodes() == {"BAR": 2, "BRA": 1, "EXIT": 1}
 
 
 def test_slow_paths_are_skipped_and_other_subroutines_counted_at_each_call():
@@ -208,6 +222,10 @@ def kernel(constants: dict[str, int], once: int, body: int) -> Compiled:
     return Compiled(Case(None, {}, constants, {"num_warps": 4}), sass.Count(once, body))
 
 
+def one(constants: dict[str, int], once: int, body: int) -> dict[str, Compiled]:
+    return {"a pass": kernel(constants, once, body)}
+
+
 def a_pass(**changes) -> Pass:
     return Pass(**({"case": "a pass", "tile": lambda c: c["BLOCK"], "bytes": 4.0, "flops": 256.0} | changes))
 
@@ -218,28 +236,33 @@ def test_issue_rate():
 
 def test_a_launch_takes_the_longest_of_three_times():
     # 4096 elements in 16 tiles of 256, by 16 programs of 128 threads that issue 100 instructions each: 204800, or 50 an element.
-    cost = pass_cost(a_pass(), kernel({"BLOCK": 256}, 100, 0), 4096, ROUND, PEAK)
+    cost = pass_cost(a_pass(), one({"BLOCK": 256}, 100, 0), 4096, ROUND, PEAK)
     assert cost.issued == 50
     assert cost.bytes == pytest.approx(1.6384e-8)  # 16384 bytes
     assert cost.instructions == pytest.approx(1.6e-7)
     assert cost.tensor == pytest.approx(1.048576e-7)  # 2^20 operations
     assert (cost.bound, cost.seconds) == ("instructions", cost.instructions)
-    cost = pass_cost(a_pass(bytes=200.0), kernel({"BLOCK": 256}, 100, 0), 4096, ROUND, PEAK)
+    cost = pass_cost(a_pass(bytes=200.0), one({"BLOCK": 256}, 100, 0), 4096, ROUND, PEAK)
     assert (cost.bound, cost.seconds) == ("bytes", pytest.approx(8.192e-7))
-    cost = pass_cost(a_pass(), kernel({"BLOCK": 256}, 50, 0), 4096, ROUND, PEAK)
+    cost = pass_cost(a_pass(), one({"BLOCK": 256}, 50, 0), 4096, ROUND, PEAK)
     assert (cost.bound, cost.seconds) == ("tensor", pytest.approx(1.048576e-7))
 
 
 def test_programs_that_loop_start_once():
     # 16 tiles, but 10 programs: 128 threads * (10 * 100 + 16 * 50).
-    cost = pass_cost(a_pass(programs=1), kernel({"BLOCK": 256}, 100, 50), 4096, ROUND, PEAK)
+    cost = pass_cost(a_pass(programs=1), one({"BLOCK": 256}, 100, 50), 4096, ROUND, PEAK)
     assert cost.instructions == pytest.approx(230400 / 1.28e12)
     with pytest.raises(ValueError, match="no loop was found"):
-        pass_cost(a_pass(programs=1), kernel({"BLOCK": 256}, 100, 0), 4096, ROUND, PEAK)
+        pass_cost(a_pass(programs=1), one({"BLOCK": 256}, 100, 0), 4096, ROUND, PEAK)
+
+
+def test_of_other_code_only_the_bytes_are_known():
+    cost = pass_cost(a_pass(tile=None), {}, 4096, ROUND, PEAK)
+    assert (cost.bytes, cost.instructions, cost.issued) == (pytest.approx(1.6384e-8), 0, 0)
 
 
 def test_fractions_of_peaks():
-    cost = pass_cost(a_pass(), kernel({"BLOCK": 256}, 100, 0), 4096, ROUND, Reached(bandwidth=0.5, issue=0.8, tensor=0.25))
+    cost = pass_cost(a_pass(), one({"BLOCK": 256}, 100, 0), 4096, ROUND, Reached(bandwidth=0.5, issue=0.8, tensor=0.25))
     assert (cost.bytes, cost.instructions, cost.tensor) == pytest.approx((3.2768e-8, 2.0e-7, 4.194304e-7))
 
 
