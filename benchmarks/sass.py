@@ -30,7 +30,7 @@ _LIBRARY = "/triton/language/"
 """In the paths of Triton's own functions, which are told by the line that uses them."""
 _ELECTED = re.compile(r"UTC\wMMA")
 _SLOW = ("slowpath", "trap")
-"""In the names of subroutines that ordinary operands never reach."""
+"""In the names of subroutines that ordinary operands never reach. (``CALL.ABS`` calls the driver: a failed assertion.)"""
 
 Line = tuple[str, int]
 Issued = Counter[tuple[str, Line | None]]
@@ -244,9 +244,14 @@ class Graph:
             if within is not None and block not in within:
                 continue
             onward = [after for after in self.after[block] if after in length and (block, after) not in back]
+            closes = any((block, after) in back for after in self.after[block])
+            if not onward and not closes and self.after[block]:
+                continue  # what follows is never run, so neither is this
             following[block] = best = max(onward, key=length.__getitem__, default=None)
             own = 0 if block in without else self.issued(block).total()
             length[block] = own + (0 if best is None else length[best])
+        if entry not in length:
+            raise ToolError("every path ends in a slow one")
         path: Issued = Counter()
         at: int | None = entry
         while at is not None:
@@ -264,7 +269,7 @@ def _summed(counts: Iterable[tuple[Any, int]]) -> Counter[Any]:
 
 
 def _is_slow(at: Instruction) -> bool:
-    return any(word in at.operands for word in _SLOW)
+    return at.opcode.startswith("CALL.ABS") or any(word in at.operands for word in _SLOW)
 
 
 def _lines_of(function: Any) -> frozenset[Line]:

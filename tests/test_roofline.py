@@ -105,6 +105,17 @@ def test_slow_paths_are_skipped_and_other_subroutines_counted_at_each_call():
         FCHK P0, R1
         @!P0 BRA `(.L_fine)
         MOV R4
+        MOV R5
+        MOV R6
+        MOV R7
+        MOV R8
+        MOV R9
+        MOV R10
+        MOV R11
+        MOV R12
+        @P1 BRA `(.L_checked)
+        CALL.ABS.NOINC R28
+        .L_checked:
         CALL.REL.NOINC `($__internal_0_$__cuda_sm3x_div_rn_noftz_f32_slowpath)
         .L_fine:
         CALL.REL.NOINC `($__internal_1_$__cuda_sm20_div_s64)
