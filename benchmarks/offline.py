@@ -137,7 +137,7 @@ def one_pass_cases(capability: int, dtype: str) -> dict[str, Case]:
     words = {**packed, "x": "*i32", "codes": "*i32", "values": "*i32"}
     options = {"num_warps": 8}
     ragged = {"columns": "i32"}
-    found = {}
+    found: dict[str, Case] = {}
     for suffix, values in (("", False), ("_values", True)):
         forms = {"FOUR": True, "VALUES": values}
         of_any = {**forms, "NATIVE": native, "BLOCK": forward_values.ANY_BLOCK}

@@ -173,8 +173,9 @@ def assumptions(forward: str, reached: Reached) -> list[str]:
         f"  FP4 products and rotations reach {reached.tensor:.0%} of tensor-core peaks; all kernels {reached.bandwidth:.0%} of bandwidth "
         f"and {reached.issue:.0%} of issue slots.",
         f"  {TOKENS} tokens; x and w quantized in {forward} pass(es); launches one after the other; nothing shared between linears.",
-        "  Instructions: the longest path, predicated-off ones included; slow paths of divisions and groups quantized again left out.",
-        "  Not modelled: latency, launches, L2 and shared memory, units slower than issue (conversions, MUFU, shuffles, atomics).",
+        "  Instructions: the longest path, predicated-off ones included; left out are slow paths of divisions, groups quantized again, and",
+        "  what one warp issues for all (tcgen05.mma).",
+        "  Not modelled: latency, launches, L2 and shared memory, strided reads, units slower than issue (conversions, MUFU, shuffles).",
         "  The FP4 product's fraction is unproven: it has not been run. The paper's figures were measured, with the authors' kernels.",
     ]
 
