@@ -36,6 +36,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python benchmarks/quantizers.py
 	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/roofline.py
 
 # mypy reads the wheel, because the folders passes/ and kernels/ get their package names only when they are installed.
 lint: $(VENV)/ready

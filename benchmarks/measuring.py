@@ -131,9 +131,12 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """What the figures depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (smoke test: the figures mean nothing)"
+def environment(device: torch.device | None) -> dict[str, str]:
+    """What the figures depend on. device: None if nothing was measured."""
+    if device is None:
+        name = "none (a model: nothing was measured)"
+    else:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (smoke test: the figures mean nothing)"
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -152,7 +155,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     return "\n".join(lines)
 
 
-def write_json(path: str | None, device: torch.device, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_json(path: str | None, device: torch.device | None, rows: Sequence[Mapping[str, Any]]) -> None:
     """The environment and one object for each row, if a file was asked for."""
     if path:
         with open(path, "w", encoding="utf-8") as file:

@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for every GPU that we name, without one at hand, into the instructions that it was written for.
 
-Arguments are typed and specialized as a launch with a matrix of 16-byte aligned rows would have them; tiles and options are those of the
-launchers. "Stack" is what ptxas reserves for a thread in local memory: spilled registers, mostly.
+`benchmarks/offline.py` has the kernels with their types, tiles and options. "Stack" is what ptxas reserves for a thread in local memory:
+spilled registers, mostly.
 """
 
 from __future__ import annotations
@@ -10,173 +10,21 @@ import os
 import re
 import subprocess
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from offline import TORCH_DTYPES, Case, cases, compiled  # noqa: E402
 
-from quartet_compile.kernels.triton_kernels import (  # noqa: E402
-    backward,
-    dequantize,
-    forward,
-    forward_values,
-    forward_words,
-    ms_eden,
-    packed_product,
-)
-from quartet_compile.kernels.triton_kernels.launch import EXACT, target_for  # noqa: E402
+from quartet_compile.kernels.triton_kernels.launch import target_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 
 CAPABILITIES = (80, 89, 90, 100, 103, 120)
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
 """Bytes that a program may have (CUDA C++ programming guide, table of technical specifications)."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel, its typed arguments (a trailing "!" means divisible by 16), its constants and its launch options.
-
-    exact: nothing but IEEE operations, rounded one by one. A kernel that does without argues that its results are the same.
-    """
-
-    kernel: object
-    types: dict[str, str]
-    constants: dict[str, object]
-    options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
-    exact: bool = True
-
-
-def cases(capability: int, dtype: str) -> dict[str, Case]:
-    target = target_for(capability, processors=1)
-    forms = {"NATIVE": target.native}
-    rounding = {
-        "x": f"*{dtype}", "peak_bits": "*i32", "codes": "*u8", "scales": "*u8", "out_tensor_scale": "*fp32",
-        "groups": "i32!", "columns": "i32!", "groups_per_row": "i32!",
-    }  # fmt: skip
-    operand = {
-        "codes": "*u8", "provisional": "*fp32", "peak_bits": "*i32", "seeds": "*i64", "index": "i32", "rank": "i32",
-        "columns": "i32!", "blocks": "i32", "tiles": "i32",
-    }  # fmt: skip
-    tile_rows, tile_options = backward.gradient_tile(capability, TORCH_DTYPES[dtype])
-    gradient = {"ROWS": tile_rows, "PERMUTED": target.permuted, **forms}
-    saved_columns, saved_options = backward.SAVED_TILE
-    found = {
-        "largest_magnitude": Case(
-            forward.largest_magnitude_kernel, {"x": f"*{dtype}", "peak_bits": "*i32", "elements": "i32!"}, {"BLOCK": 2048, "STEPS": 8}
-        ),
-        "four_over_six": Case(
-            forward.round_groups_kernel, rounding, {"CEILING": 256.0, "FOUR": True, "RAGGED": False, "BLOCK": 128, **forms}
-        ),
-        "four_over_six_ragged": Case(
-            forward.round_groups_kernel,
-            {**rounding, "columns": "i32"},
-            {"CEILING": 256.0, "FOUR": True, "RAGGED": True, "BLOCK": 128, **forms},
-        ),
-        **one_pass_cases(capability, dtype),
-        "gradient": Case(
-            backward.gradient_kernel,
-            {**operand, "x": f"*{dtype}", "rows": "i32!", "row_stride": "i32!"},
-            {"column_stride": 1, **gradient},
-            tile_options,
-        ),
-        "gradient_transposed": Case(
-            backward.gradient_kernel,
-            {**operand, "x": f"*{dtype}", "rows": "i32!", "column_stride": "i32!"},
-            {"row_stride": 1, **gradient},
-            tile_options,
-        ),
-        "saved": Case(
-            backward.saved_kernel,
-            {**operand, "saved_codes": "*u8", "saved_scales": "*u8", "length": "i32!", "groups_per_row": "i32!"},
-            {"COLUMNS": saved_columns, "PERMUTED": target.permuted, **forms},
-            saved_options,
-        ),
-        "align_scales": Case(
-            ms_eden.align_scales_kernel,
-            {
-                **{name: operand[name] for name in ("provisional", "peak_bits", "codes", "seeds", "index", "rank")},
-                "incoming": "*fp32", "scales": "*u8", "out_tensor_scale": "*fp32", "groups": "i32!", "groups_per_row": "i32",
-            },
-            {"STREAM": 2, "INCOMING": True, "BLOCK": 512},
-        ),
-        "dequantize": Case(
-            dequantize.dequantize_kernel,
-            {
-                "codes": "*u8", "scales": "*u8", "a_scale": "*fp32", "b_scale": "*fp32",
-                "scale_exponent": "i32", "out": "*bf16", "groups": "i32!",
-            },
-            {"SECOND": True, "BLOCK": 128},
-        ),
-    }
-    for form, swizzled in (("plain", False), ("swizzled", True)) if capability >= 90 else ():
-        tiles = packed_product.product_tiles(target, swizzled)
-        for number, tile in enumerate(tiles if dtype == "bf16" else tiles[:1]):
-            sizes = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
-            found[f"product_{form}_{number}"] = Case(
-                packed_product.packed_product_kernel,
-                {**product_types(), "bias": f"*{dtype}", "out": f"*{dtype}", "scale": "fp32", "M": "i32!", "N": "i32!", "groups": "i32!"},
-                {"HAS_BIAS": True, "BAND": packed_product.BAND, "SWIZZLED": swizzled, **forms, **sizes},
-                {k: v for k, v in tile.items() if k not in sizes},
-            )
-    return found
-
-
-def product_types() -> dict[str, str]:
-    packed = {"codes": "*u8", "scales": "*fp8e4nv", "tensor_scale": "*fp32"}
-    return {f"{side}_{part}": kind for side in "ab" for part, kind in packed.items()}
-
-
-def one_pass_cases(capability: int, dtype: str) -> dict[str, Case]:
-    """Both passes of `forward_values`; with values where no FP4 tensor cores are, as they are used."""
-    native = target_for(capability, processors=1).native
-    packed = {"codes": "*u8", "scales": "*u8", "values": "*i16", "peaks": "*i32", "groups": "i32!"}
-    matrix = {**packed, "x": f"*{dtype}", "columns": "i32!", "groups_per_row": "i32!"}
-    second = {**matrix, "out_tensor_scale": "*fp32"}
-    words = {**packed, "x": "*i32", "codes": "*i32", "values": "*i32"}
-    options = {"num_warps": 8}
-    ragged = {"columns": "i32"}
-    found = {}
-    for suffix, values in (("", False), ("_values", True)):
-        forms = {"FOUR": True, "VALUES": values}
-        of_any = {**forms, "NATIVE": native, "BLOCK": forward_values.ANY_BLOCK}
-        constants = {"CEILING": 256.0, "REPAIRED": forward_values.REPAIRED, "CHUNK": forward_values.CHUNK, "WIDTH": forward_values.WIDTH}
-        found |= {
-            f"words{suffix}": Case(
-                forward_words.round_words_kernel,
-                words,
-                {**forms, "XORSIGN": capability > 80, "BLOCK": forward_values.WORDS_BLOCK},
-                options,
-                exact=False,
-            ),
-            f"any{suffix}": Case(forward_values.round_any_kernel, matrix, {**of_any, "RAGGED": False}, options),
-            f"any_ragged{suffix}": Case(forward_values.round_any_kernel, {**matrix, **ragged}, {**of_any, "RAGGED": True}, options),
-            f"align{suffix}": Case(
-                forward_values.align_scales_kernel,
-                second,
-                {**of_any, **constants, "RAGGED": False, "BLOCK": forward_values.WORDS_BLOCK},
-                options,
-            ),
-            f"align_ragged{suffix}": Case(
-                forward_values.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, options
-            ),
-        }
-    return {name: case for name, case in found.items() if not (native and name.endswith("values"))}
-
-
-def compiled(case: Case, capability: int):
-    names = case.kernel.arg_names
-    assert {*case.types, *case.constants} == {*names}
-    signature = {name: case.types.get(name, "constexpr").removesuffix("!") for name in names}
-    divisible = [i for i, name in enumerate(names) if signature[name].startswith("*") or case.types.get(name, "").endswith("!")]
-    source = ASTSource(case.kernel, signature, case.constants, {(i,): [["tt.divisibility", 16]] for i in divisible})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**EXACT, **case.options})
 
 
 def stack_bytes(binary, folder) -> int | None:

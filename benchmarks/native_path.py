@@ -1,0 +1,101 @@
+"""The kernels that one linear launches on a GPU with FP4 tensor cores, forward and backward, as data for `roofline`.
+
+To model another kernel, name its case of `offline.cases` here. Bytes are those that the algorithm moves between DRAM and the SMs, inputs
+once and outputs once; what meets the L2 cache by chance is not taken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offline import Case, cases, compiled
+from sass import Count, count, disassemble
+
+from quartet_compile.kernels.triton_kernels import forward_values
+
+BF16, CODE, SCALE, PROVISIONAL = 2.0, 1 / 2, 1 / 16, 4 / 16
+"""Bytes an element: its own, its code, its share of its group's E4M3 scale, and of the float32 scale before alignment."""
+
+ROTATION_FLOPS = 2 * 128
+"""BF16 tensor-core operations an element: a product with a Hadamard matrix of 128."""
+
+Constants = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A launch over the elements of an operand.
+
+    case: its name in `offline.cases`. tile: elements of a tile, from the constants; None: no kernel of ours, of which only the bytes are
+    known. bytes, flops: an element. programs: how many to an SM share the tiles, in a loop; None: one program a tile. rare: device
+    functions that ordinary numbers do not reach.
+    """
+
+    case: str
+    tile: Callable[[Constants], int] | None
+    bytes: float
+    flops: float = 0.0
+    programs: int | None = None
+    rare: tuple[Any, ...] = ()
+
+
+def _groups(constants: Constants) -> int:
+    return constants["BLOCK"] * 16
+
+
+MAXIMUM = Pass("largest_magnitude", lambda c: c["BLOCK"] * c["STEPS"], BF16)
+FOUR_OVER_SIX = Pass("four_over_six", _groups, BF16 + CODE + SCALE)
+GRADIENT = Pass("gradient", lambda c: c["ROWS"] * 128, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
+TRANSPOSED = Pass("gradient_transposed", lambda c: c["ROWS"] * 128, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
+SAVED = Pass("saved", lambda c: c["COLUMNS"] * 128, CODE + SCALE + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
+ALIGN = Pass("align_scales", _groups, PROVISIONAL + SCALE)
+SWIZZLE = Pass("swizzle", None, 2 * SCALE)
+"""The scales in the order that tensor cores read (`passes.swizzle`): pointwise code by Inductor."""
+
+
+WORDS = Pass("words", _groups, BF16 + CODE + SCALE)
+WORDS_ALIGN = Pass("align", lambda c: c["CHUNK"] * 16, 2 * SCALE, programs=2, rare=(forward_values._quantize_again,))
+
+FORWARD = {"two": (MAXIMUM, FOUR_OVER_SIX), "one": (WORDS, WORDS_ALIGN)}
+"""Passes over x and w -> launches. `quartet::quantize` makes two; `forward_values.quantize_one_pass`, which makes one, is not used yet."""
+
+BACKWARD: Mapping[str, tuple[str, tuple[Pass, ...]]] = {
+    "quantize_grad e": ("e", (GRADIENT, ALIGN, SWIZZLE)),
+    "requantize w": ("w", (SAVED, ALIGN, SWIZZLE)),
+    "quantize_grad e^T": ("e", (TRANSPOSED, ALIGN, SWIZZLE)),
+    "requantize x": ("x", (SAVED, ALIGN, SWIZZLE)),
+}
+"""Operator -> the operand that it reads, x [tokens, in], w [out, in] or e [tokens, out], and its launches."""
+
+PRODUCT = "product_swizzled_0"
+"""The case of the FP4 product: a program makes a tile of the output, in a loop over K. The tile that is taken without autotuning."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A case, compiled, and the instructions that one of its threads issues."""
+
+    case: Case
+    count: Count
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.case.options["num_warps"]
+
+
+def quantizers(forward: str) -> dict[str, tuple[str, tuple[Pass, ...]]]:
+    """All operators but the products, in order. forward: a key of `FORWARD`."""
+    return {f"quantize {operand}": (operand, (*FORWARD[forward], SWIZZLE)) for operand in "xw"} | dict(BACKWARD)
+
+
+def read(capability: int, forward: str) -> dict[str, Compiled]:
+    """Every kernel that is launched, compiled for a compute capability and bfloat16 operands. Case name -> counts."""
+    known = cases(capability, "bf16")
+    launches = [launch for _, launches in quantizers(forward).values() for launch in launches if launch.tile]
+    rare = {launch.case: launch.rare for launch in launches} | {PRODUCT: ()}
+    return {
+        name: Compiled(known[name], count(disassemble(compiled(known[name], capability).asm["cubin"]), functions))
+        for name, functions in rare.items()
+    }

@@ -1,0 +1,175 @@
+"""The Triton kernels, compiled for GPUs that are not there.
+
+Arguments are typed and specialized as a launch with a matrix of 16-byte aligned rows would have them; tiles and options are those of the
+launchers. The tests look at what the compiler made of the kernels, `roofline` counts the instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from quartet_compile.kernels.triton_kernels import (
+    backward,
+    dequantize,
+    forward,
+    forward_values,
+    forward_words,
+    ms_eden,
+    packed_product,
+)
+from quartet_compile.kernels.triton_kernels.launch import EXACT, target_for
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel, its typed arguments (a trailing "!" means divisible by 16), its constants and its launch options.
+
+    exact: nothing but IEEE operations, rounded one by one. A kernel that does without argues that its results are the same.
+    """
+
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=lambda: {"num_warps": 4})
+    exact: bool = True
+
+
+def cases(capability: int, dtype: str) -> dict[str, Case]:
+    """The kernels behind the operators on packed matrices, for a compute capability and the operand's dtype: "bf16", "fp16" or "fp32"."""
+    target = target_for(capability, processors=1)
+    forms = {"NATIVE": target.native}
+    rounding = {
+        "x": f"*{dtype}", "peak_bits": "*i32", "codes": "*u8", "scales": "*u8", "out_tensor_scale": "*fp32",
+        "groups": "i32!", "columns": "i32!", "groups_per_row": "i32!",
+    }  # fmt: skip
+    operand = {
+        "codes": "*u8", "provisional": "*fp32", "peak_bits": "*i32", "seeds": "*i64", "index": "i32", "rank": "i32",
+        "columns": "i32!", "blocks": "i32", "tiles": "i32",
+    }  # fmt: skip
+    tile_rows, tile_options = backward.gradient_tile(capability, TORCH_DTYPES[dtype])
+    gradient = {"ROWS": tile_rows, "PERMUTED": target.permuted, **forms}
+    saved_columns, saved_options = backward.SAVED_TILE
+    found = {
+        "largest_magnitude": Case(
+            forward.largest_magnitude_kernel,
+            {"x": f"*{dtype}", "peak_bits": "*i32", "elements": "i32!"},
+            {"BLOCK": 2048, "STEPS": 8},
+            {"num_warps": 8},
+        ),
+        "four_over_six": Case(
+            forward.round_groups_kernel, rounding, {"CEILING": 256.0, "FOUR": True, "RAGGED": False, "BLOCK": 128, **forms}
+        ),
+        "four_over_six_ragged": Case(
+            forward.round_groups_kernel,
+            {**rounding, "columns": "i32"},
+            {"CEILING": 256.0, "FOUR": True, "RAGGED": True, "BLOCK": 128, **forms},
+        ),
+        **one_pass_cases(capability, dtype),
+        "gradient": Case(
+            backward.gradient_kernel,
+            {**operand, "x": f"*{dtype}", "rows": "i32!", "row_stride": "i32!"},
+            {"column_stride": 1, **gradient},
+            tile_options,
+        ),
+        "gradient_transposed": Case(
+            backward.gradient_kernel,
+            {**operand, "x": f"*{dtype}", "rows": "i32!", "column_stride": "i32!"},
+            {"row_stride": 1, **gradient},
+            tile_options,
+        ),
+        "saved": Case(
+            backward.saved_kernel,
+            {**operand, "saved_codes": "*u8", "saved_scales": "*u8", "length": "i32!", "groups_per_row": "i32!"},
+            {"COLUMNS": saved_columns, "PERMUTED": target.permuted, **forms},
+            saved_options,
+        ),
+        "align_scales": Case(
+            ms_eden.align_scales_kernel,
+            {
+                **{name: operand[name] for name in ("provisional", "peak_bits", "codes", "seeds", "index", "rank")},
+                "incoming": "*fp32", "scales": "*u8", "out_tensor_scale": "*fp32", "groups": "i32!", "groups_per_row": "i32",
+            },
+            {"STREAM": 2, "INCOMING": True, "BLOCK": 512},
+        ),
+        "dequantize": Case(
+            dequantize.dequantize_kernel,
+            {
+                "codes": "*u8", "scales": "*u8", "a_scale": "*fp32", "b_scale": "*fp32",
+                "scale_exponent": "i32", "out": "*bf16", "groups": "i32!",
+            },
+            {"SECOND": True, "BLOCK": 128},
+        ),
+    }
+    for form, swizzled in (("plain", False), ("swizzled", True)) if capability >= 90 else ():
+        tiles = packed_product.product_tiles(target, swizzled)
+        for number, tile in enumerate(tiles if dtype == "bf16" else tiles[:1]):
+            sizes = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
+            found[f"product_{form}_{number}"] = Case(
+                packed_product.packed_product_kernel,
+                {**product_types(), "bias": f"*{dtype}", "out": f"*{dtype}", "scale": "fp32", "M": "i32!", "N": "i32!", "groups": "i32!"},
+                {"HAS_BIAS": True, "BAND": packed_product.BAND, "SWIZZLED": swizzled, **forms, **sizes},
+                {k: v for k, v in tile.items() if k not in sizes},
+            )
+    return found
+
+
+def product_types() -> dict[str, str]:
+    """Both operands of a product."""
+    packed = {"codes": "*u8", "scales": "*fp8e4nv", "tensor_scale": "*fp32"}
+    return {f"{side}_{part}": kind for side in "ab" for part, kind in packed.items()}
+
+
+def one_pass_cases(capability: int, dtype: str) -> dict[str, Case]:
+    """Both passes of `forward_values`; with values where no FP4 tensor cores are, as they are used."""
+    native = target_for(capability, processors=1).native
+    packed = {"codes": "*u8", "scales": "*u8", "values": "*i16", "peaks": "*i32", "groups": "i32!"}
+    matrix = {**packed, "x": f"*{dtype}", "columns": "i32!", "groups_per_row": "i32!"}
+    second = {**matrix, "out_tensor_scale": "*fp32"}
+    words = {**packed, "x": "*i32", "codes": "*i32", "values": "*i32"}
+    options = {"num_warps": 8}
+    ragged = {"columns": "i32"}
+    found: dict[str, Case] = {}
+    for suffix, values in (("", False), ("_values", True)):
+        forms = {"FOUR": True, "VALUES": values}
+        of_any = {**forms, "NATIVE": native, "BLOCK": forward_values.ANY_BLOCK}
+        constants = {"CEILING": 256.0, "REPAIRED": forward_values.REPAIRED, "CHUNK": forward_values.CHUNK, "WIDTH": forward_values.WIDTH}
+        found |= {
+            f"words{suffix}": Case(
+                forward_words.round_words_kernel,
+                words,
+                {**forms, "XORSIGN": capability > 80, "BLOCK": forward_values.WORDS_BLOCK},
+                options,
+                exact=False,
+            ),
+            f"any{suffix}": Case(forward_values.round_any_kernel, matrix, {**of_any, "RAGGED": False}, options),
+            f"any_ragged{suffix}": Case(forward_values.round_any_kernel, {**matrix, **ragged}, {**of_any, "RAGGED": True}, options),
+            f"align{suffix}": Case(
+                forward_values.align_scales_kernel,
+                second,
+                {**of_any, **constants, "RAGGED": False, "BLOCK": forward_values.WORDS_BLOCK},
+                options,
+            ),
+            f"align_ragged{suffix}": Case(
+                forward_values.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, options
+            ),
+        }
+    return {name: case for name, case in found.items() if not (native and name.endswith("values"))}
+
+
+def compiled(case: Case, capability: int) -> Any:
+    """What `triton.compile` makes of a case: `asm` holds the stages, "ptx" and "cubin" among them."""
+    names = case.kernel.arg_names
+    assert {*case.types, *case.constants} == {*names}
+    signature = {name: case.types.get(name, "constexpr").removesuffix("!") for name in names}
+    divisible = [i for i, name in enumerate(names) if signature[name].startswith("*") or case.types.get(name, "").endswith("!")]
+    source = ASTSource(case.kernel, signature, case.constants, {(i,): [["tt.divisibility", 16]] for i in divisible})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**EXACT, **case.options})
