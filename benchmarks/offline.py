@@ -112,7 +112,7 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
     for form, swizzled in (("plain", False), ("swizzled", True)) if capability >= 90 else ():
         tiles = packed_product.product_tiles(target, swizzled)
         for number, tile in enumerate(tiles if dtype == "bf16" else tiles[:1]):
-            sizes = {k: v for k, v in tile.items() if k.startswith("BLOCK")}
+            sizes = {k: v for k, v in tile.items() if not k.startswith("num_")}
             found[f"product_{form}_{number}"] = Case(
                 packed_product.packed_product_kernel,
                 {**product_types(), "bias": f"*{dtype}", "out": f"*{dtype}", "scale": "fp32", "M": "i32!", "N": "i32!", "groups": "i32!"},

@@ -24,18 +24,22 @@ from quartet_compile.kernels.triton_kernels.packed_product import BAND, product_
 quartet = torch.ops.quartet
 
 SOURCE = """\
-from quartet_compile.kernels.triton_kernels.packed_product import accumulate, tile_start
+from quartet_compile.kernels.triton_kernels.packed_product import accumulate, column_slices, tile_start
 {{def_kernel("A", "A_SCALES", "A_TENSOR_SCALE", "B", "B_SCALES", "B_TENSOR_SCALE")}}
     M = {{size("A", 0)}}
     N = {{size("B", 0)}}
     groups = {{size("A", 1)}} // 8
     first_m, first_n = tile_start(tl.program_id(0).to(INDEX_DTYPE), M, N, BLOCK_M, BLOCK_N, BAND)
     acc = accumulate(A, A_SCALES, B, B_SCALES, first_m, first_n, M, N, groups, BLOCK_M, BLOCK_N, BLOCK_K, SWIZZLED, NATIVE)
-    acc = acc * SCALE * tl.load(A_TENSOR_SCALE) * tl.load(B_TENSOR_SCALE)
+    parts = column_slices(acc, SLICES)
+    a_tensor_scale = tl.load(A_TENSOR_SCALE)
+    b_tensor_scale = tl.load(B_TENSOR_SCALE)
     idx_m = (first_m + tl.arange(0, BLOCK_M))[:, None]
-    idx_n = (first_n + tl.arange(0, BLOCK_N))[None, :]
-    mask = (idx_m < M) & (idx_n < N)
-    {{store_output(("idx_m", "idx_n"), "acc", "mask", val_shape=("BLOCK_M", "BLOCK_N"))}}
+    for i in tl.static_range(SLICES):
+        part = parts[i] * SCALE * a_tensor_scale * b_tensor_scale
+        idx_n = (first_n + i * (BLOCK_N // SLICES) + tl.arange(0, BLOCK_N // SLICES))[None, :]
+        mask = (idx_m < M) & (idx_n < N)
+        {{store_output(("idx_m", "idx_n"), "part", "mask", indent_width=8, val_shape=("BLOCK_M", "BLOCK_N // SLICES"))}}
 """
 
 
