@@ -24,7 +24,7 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     store_values,
     tile_needs_exact,
 )
-from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
 
@@ -197,8 +197,7 @@ def grad_values(
     )  # fmt: skip
     forms = {**asked, "ROWS": tile.rows, "COLUMNS": tile.columns}
     with on_device_of(e):
-        gradient_values_kernel[(programs,)](*arguments, **forms, STAGES=tile.stages, **tile.options, **FUSED)
-        gradient_again_kernel[(sum(asked.values()) * triton.cdiv(tiles, TILES_A_CHECK),)](
-            *arguments, programs, **forms, TILES=TILES_A_CHECK, num_warps=8, **EXACT
-        )
+        launch(gradient_values_kernel, programs, *arguments, **forms, STAGES=tile.stages, **tile.options, **FUSED)
+        checks = sum(asked.values()) * triton.cdiv(tiles, TILES_A_CHECK)
+        launch(gradient_again_kernel, checks, *arguments, programs, **forms, TILES=TILES_A_CHECK, num_warps=8, **EXACT)
     return row_out, column_out

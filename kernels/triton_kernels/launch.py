@@ -1,11 +1,17 @@
-"""What a launch depends on besides its arguments: the GPU that the tensors are on, and options that every kernel here shares."""
+"""Launching kernels, and what a launch depends on besides its arguments: the GPU that the tensors are on, and options that all share."""
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
+import logging
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger("quartet_compile")
 
 EXACT = {"enable_fp_fusion": False}
 """Products and sums are rounded separately, as the reference rounds them; the default of Triton 3.6 contracts them."""
@@ -58,3 +64,49 @@ def empty_packed(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor,
         torch.empty((rows, columns // 16), dtype=torch.float8_e4m3fn, device=like.device),
         torch.empty((), dtype=torch.float32, device=like.device),
     )
+
+
+# ---------------------------------------------------------------- launching
+
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
+"""A kernel, its arguments, and its constants and options."""
+
+pending: list[Future[None]] = []
+"""Compilations under way in other processes (`precompile`)."""
+
+_rehearsed: list[Launch] | None = None
+
+
+@contextmanager
+def rehearsal() -> Iterator[list[Launch]]:
+    """Launches are noted, not done."""
+    global _rehearsed
+    before, _rehearsed = _rehearsed, []
+    try:
+        yield _rehearsed
+    finally:
+        _rehearsed = before
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+    """``kernel[(programs,)](*arguments, **options)``."""
+    if _rehearsed is not None:
+        _rehearsed.append((kernel, arguments, options))
+        return
+    if pending:
+        _wait()
+    kernel[(programs,)](*arguments, **options)
+
+
+def _wait() -> None:
+    """For kernels that other processes compile; one that they could not is compiled here, where the error is seen."""
+    for future in pending:
+        error = future.exception()
+        if error is not None:
+            log.debug("a kernel is compiled at its first launch: %s", error)
+    pending.clear()
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether x starts at a multiple of 16 bytes; a tensor without memory is taken to."""
+    return _rehearsed is not None or x.data_ptr() % 16 == 0

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet_compile.kernels.triton_kernels.launch import on_device_of
+from quartet_compile.kernels.triton_kernels.launch import launch, on_device_of
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, bits_of, from_bits, to_float32
 from quartet_compile.kernels.triton_kernels.random import rotation_sign_bits, seed_of_rank
 
@@ -51,7 +51,7 @@ def rotations(seeds: Tensor, rank: int) -> Tensor:
     out = torch.empty((seeds.shape[0], 128, 128), dtype=torch.bfloat16, device=seeds.device)
     if seeds.numel():
         with on_device_of(seeds):
-            rotations_kernel[(seeds.shape[0],)](seeds, rank, out, num_warps=8)
+            launch(rotations_kernel, seeds.shape[0], seeds, rank, out, num_warps=8)
     return out
 
 

@@ -25,7 +25,7 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     store_values,
     tile_needs_exact,
 )
-from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, e2m1_value, e4m3_value
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
@@ -200,8 +200,7 @@ def requantize_values(
         length, columns, groups_per_row,
     )  # fmt: skip
     with on_device_of(codes):
-        saved_values_kernel[(programs,)](*arguments, chunk, COLUMNS=TILE_COLUMNS, **OPTIONS, **FUSED)
-        saved_again_kernel[(triton.cdiv(blocks * strips, TILES_A_CHECK),)](
-            *arguments, blocks * strips, programs, COLUMNS=TILE_COLUMNS, TILES=TILES_A_CHECK, num_warps=8, **EXACT
-        )
+        launch(saved_values_kernel, programs, *arguments, chunk, COLUMNS=TILE_COLUMNS, **OPTIONS, **FUSED)
+        checks, sizes = triton.cdiv(blocks * strips, TILES_A_CHECK), (blocks * strips, programs)
+        launch(saved_again_kernel, checks, *arguments, *sizes, COLUMNS=TILE_COLUMNS, TILES=TILES_A_CHECK, num_warps=8, **EXACT)
     return out

@@ -1,0 +1,108 @@
+"""Compile the kernels of a graph's operators while Inductor compiles the rest, in its worker processes.
+
+Triton compiles a kernel at its first launch, one after the other, a second each. But the launches are known as soon as the graph is: an
+operator is *rehearsed* on fake tensors, with `launch.launch` noting kernels instead of launching them. Workers then compile for the same
+argument types and leave the binaries in Triton's cache on disk, where the first launch finds them.
+
+Nothing depends on it: what was not rehearsed (sizes that are symbolic) or failed is compiled at its first launch, as ever.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+import triton
+
+from quartet_compile.kernels.triton_kernels import launch
+
+log = logging.getLogger("quartet_compile")
+
+Job = tuple[str, str, tuple[Any, ...], dict[str, Any]]
+"""Module and name of a kernel, its arguments with tensors as their dtypes, and its constants and options."""
+
+
+def rehearse(operator: Callable[..., Any], arguments: Iterable[Any]) -> list[Job]:
+    """The launches of an operator's implementation on fake tensors; none where a size is symbolic."""
+    with launch.rehearsal() as launches:
+        operator(*arguments)
+    jobs = []
+    for kernel, values, options in launches:
+        if any(isinstance(v, torch.SymInt) for v in values):
+            return []
+        types = tuple(v.dtype if isinstance(v, torch.Tensor) else v for v in values)
+        jobs.append((kernel.fn.__module__, kernel.fn.__name__, types, options))
+    return jobs
+
+
+def signature(job: Job) -> tuple[Any, ...]:
+    """What Triton tells compilations of a kernel apart by, or more: its types, which integers are 1 or multiples of 16, its constants."""
+    module, name, values, options = job
+    unspecialized = {p.name for p in _kernel(module, name).params if p.do_not_specialize}
+    names = _kernel(module, name).arg_names
+
+    def kind(name: str, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (value >= 2**31,) if name in unspecialized else (value >= 2**31, value == 1, value % 16 == 0)
+        return type(value).__name__ if isinstance(value, float) else value
+
+    return module, name, tuple(kind(*each) for each in zip(names, values, strict=False)), tuple(sorted(options.items()))
+
+
+def submit(jobs: Iterable[Job], device: torch.device) -> list[Future[None]]:
+    """Hand jobs to Inductor's workers, if it has any that are ready. `launch.launch` waits for them before it launches."""
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    if not AsyncCompile.use_process_pool():
+        return []
+    pool = AsyncCompile.process_pool()
+    index = device.index or 0
+    environment = {"TRITON_CACHE_DIR": triton_cache_dir(index)}
+    capability = launch.device_target(torch.device("cuda", index)).capability
+    futures = [pool.submit(compile_in_worker, job, capability, environment) for job in jobs]
+    launch.pending.extend(futures)
+    return futures
+
+
+# ---------------------------------------------------------------- in a worker
+
+
+class _Target:
+    """As much of a driver as Triton asks when it compiles: a worker has no GPU of its own."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_in_worker(job: Job, capability: int, environment: dict[str, str]) -> None:
+    """Compile one kernel into Triton's cache on disk."""
+    module, name, values, options = job
+    os.environ.update(environment)
+    driver = triton.runtime.driver
+    before = driver._active
+    driver.set_active(_Target(capability))
+    try:
+        _kernel(module, name).warmup(*values, grid=(1,), **options)
+    finally:
+        driver._active = before
+
+
+def _kernel(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
