@@ -24,7 +24,7 @@ from quartet_compile.kernels.triton_kernels import (  # noqa: E402
     backward,
     dequantize,
     forward,
-    forward_values,
+    forward_groups,
     forward_words,
     ms_eden,
     native_matmul,
@@ -56,10 +56,6 @@ class Case:
 def cases(capability: int, dtype: str) -> dict[str, Case]:
     target = target_for(capability, processors=1)
     forms = {"NATIVE": target.native}
-    rounding = {
-        "x": f"*{dtype}", "peak_bits": "*i32", "codes": "*u8", "scales": "*u8", "out_tensor_scale": "*fp32",
-        "groups": "i32!", "columns": "i32!", "groups_per_row": "i32!",
-    }  # fmt: skip
     operand = {
         "codes": "*u8", "provisional": "*fp32", "peak_bits": "*i32", "seeds": "*i64", "index": "i32", "rank": "i32",
         "columns": "i32!", "blocks": "i32", "tiles": "i32",
@@ -68,18 +64,7 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
     gradient = {"ROWS": tile_rows, "PERMUTED": target.permuted, **forms}
     saved_columns, saved_options = backward.SAVED_TILE
     found = {
-        "largest_magnitude": Case(
-            forward.largest_magnitude_kernel, {"x": f"*{dtype}", "peak_bits": "*i32", "elements": "i32!"}, {"BLOCK": 2048, "STEPS": 8}
-        ),
-        "four_over_six": Case(
-            forward.round_groups_kernel, rounding, {"CEILING": 256.0, "FOUR": True, "RAGGED": False, "BLOCK": 128, **forms}
-        ),
-        "four_over_six_ragged": Case(
-            forward.round_groups_kernel,
-            {**rounding, "columns": "i32"},
-            {"CEILING": 256.0, "FOUR": True, "RAGGED": True, "BLOCK": 128, **forms},
-        ),
-        **one_pass_cases(capability, dtype),
+        **forward_cases(capability, dtype),
         "gradient": Case(
             backward.gradient_kernel,
             {**operand, "x": f"*{dtype}", "rows": "i32!", "row_stride": "i32!"},
@@ -128,8 +113,8 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
     return found
 
 
-def one_pass_cases(capability: int, dtype: str) -> dict[str, Case]:
-    """Both passes of `forward_values`; with values where no FP4 tensor cores are, as they are used."""
+def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
+    """Both passes of `forward`; with values where no FP4 tensor cores are, as they are used."""
     native = target_for(capability, processors=1).native
     packed = {"codes": "*u8", "scales": "*u8", "values": "*i16", "peaks": "*i32", "groups": "i32!"}
     matrix = {**packed, "x": f"*{dtype}", "columns": "i32!", "groups_per_row": "i32!"}
@@ -140,26 +125,26 @@ def one_pass_cases(capability: int, dtype: str) -> dict[str, Case]:
     found = {}
     for suffix, values in (("", False), ("_values", True)):
         forms = {"FOUR": True, "VALUES": values}
-        of_any = {**forms, "NATIVE": native, "BLOCK": forward_values.ANY_BLOCK}
-        constants = {"CEILING": 256.0, "REPAIRED": forward_values.REPAIRED, "CHUNK": forward_values.CHUNK, "WIDTH": forward_values.WIDTH}
+        of_any = {**forms, "NATIVE": native, "BLOCK": forward.ANY_BLOCK}
+        constants = {"CEILING": 256.0, "REPAIRED": forward.REPAIRED, "CHUNK": forward.CHUNK, "WIDTH": forward.WIDTH}
         found |= {
             f"words{suffix}": Case(
                 forward_words.round_words_kernel,
                 words,
-                {**forms, "XORSIGN": capability > 80, "BLOCK": forward_values.WORDS_BLOCK},
+                {**forms, "NATIVE": native and not values, "XORSIGN": capability > 80, "BLOCK": forward.WORDS_BLOCK},
                 options,
                 exact=False,
             ),
-            f"any{suffix}": Case(forward_values.round_any_kernel, matrix, {**of_any, "RAGGED": False}, options),
-            f"any_ragged{suffix}": Case(forward_values.round_any_kernel, {**matrix, **ragged}, {**of_any, "RAGGED": True}, options),
+            f"any{suffix}": Case(forward_groups.round_any_kernel, matrix, {**of_any, "RAGGED": False}, options),
+            f"any_ragged{suffix}": Case(forward_groups.round_any_kernel, {**matrix, **ragged}, {**of_any, "RAGGED": True}, options),
             f"align{suffix}": Case(
-                forward_values.align_scales_kernel,
+                forward.align_scales_kernel,
                 second,
-                {**of_any, **constants, "RAGGED": False, "BLOCK": forward_values.WORDS_BLOCK},
+                {**of_any, **constants, "RAGGED": False, "BLOCK": forward.WORDS_BLOCK},
                 options,
             ),
             f"align_ragged{suffix}": Case(
-                forward_values.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, options
+                forward.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, options
             ),
         }
     return {name: case for name, case in found.items() if not (native and name.endswith("values"))}
@@ -188,7 +173,7 @@ ONCE = ("align_scales", "dequantize", "saved", "words", "words_values")
 """Kernels that do not depend on the dtype of the operand."""
 
 ALL = [(c, d, name) for c in CAPABILITIES for d in TORCH_DTYPES for name in cases(c, d) if d == "bf16" or name not in ONCE]
-FAST = [(c, d, name) for c, d, name in ALL if d == "bf16" and (c in (90, 100) or (c == 120 and name in ("four_over_six", "native_matmul")))]
+FAST = [(c, d, name) for c, d, name in ALL if d == "bf16" and (c in (90, 100) or (c == 120 and name in ("words", "native_matmul")))]
 SELECTED = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(map(str, case))) for case in ALL]
 
 
@@ -209,14 +194,12 @@ def test_kernel_compiles(capability, dtype, name, tmp_path):
         assert "rcp.approx" not in ptx
         assert "fma.rn.f32" not in ptx
     native = target_for(capability, 1).native
-    if name in ("four_over_six", "four_over_six_ragged", "gradient", "gradient_transposed", "saved"):
+    if name in ("words", "any", "any_ragged", "gradient", "gradient_transposed", "saved"):
         assert ("cvt.rn.satfinite.e2m1x2.f32" in ptx) == native
     if name in ("gradient", "gradient_transposed", "saved"):
         assert {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma", 12: "mma.sync"}[capability // 10] in ptx
     if name in ("words", "words_values"):
         assert ptx.count("shfl.sync") <= 8  # for the maximum of a block only; newer versions of Triton need none
-    if name == "four_over_six":
-        assert "shfl" not in ptx  # a thread owns its group
     if name == "native_matmul":
         product = "tcgen05.mma" if capability < 120 else "mma.sync"
         assert re.search(rf"{re.escape(product)}\S*kind::mxf4nvf4", ptx)
