@@ -13,7 +13,7 @@ from typing import Any
 from offline import Case, cases, compiled
 from sass import Count, count, disassemble
 
-from quartet_compile.kernels.triton_kernels import forward_values
+from quartet_compile.kernels.triton_kernels import forward
 
 BF16, CODE, SCALE, PROVISIONAL = 2.0, 1 / 2, 1 / 16, 4 / 16
 """Bytes an element: its own, its code, its share of its group's E4M3 scale, and of the float32 scale before alignment."""
@@ -45,8 +45,6 @@ def _groups(constants: Constants) -> int:
     return constants["BLOCK"] * 16
 
 
-MAXIMUM = Pass("largest_magnitude", lambda c: c["BLOCK"] * c["STEPS"], BF16)
-FOUR_OVER_SIX = Pass("four_over_six", _groups, BF16 + CODE + SCALE)
 GRADIENT = Pass("gradient", lambda c: c["ROWS"] * 128, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
 TRANSPOSED = Pass("gradient_transposed", lambda c: c["ROWS"] * 128, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
 SAVED = Pass("saved", lambda c: c["COLUMNS"] * 128, CODE + SCALE + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
@@ -54,12 +52,11 @@ ALIGN = Pass("align_scales", _groups, PROVISIONAL + SCALE)
 SWIZZLE = Pass("swizzle", None, 2 * SCALE)
 """The scales in the order that tensor cores read (`passes.swizzle`): pointwise code by Inductor."""
 
-
-WORDS = Pass("words", _groups, BF16 + CODE + SCALE)
-WORDS_ALIGN = Pass("align", lambda c: c["CHUNK"] * 16, 2 * SCALE, programs=2, rare=(forward_values._quantize_again,))
-
-FORWARD = {"two": (MAXIMUM, FOUR_OVER_SIX), "one": (WORDS, WORDS_ALIGN)}
-"""Passes over x and w -> launches. `quartet::quantize` makes two; `forward_values.quantize_one_pass`, which makes one, is not used yet."""
+FORWARD = (
+    Pass("words", _groups, BF16 + CODE + SCALE),
+    Pass("align", lambda c: c["CHUNK"] * 16, 2 * SCALE, programs=2, rare=(forward._quantize_again,)),
+)
+"""Launches of ``quantize``, for x and for w."""
 
 BACKWARD: Mapping[str, tuple[str, tuple[Pass, ...]]] = {
     "quantize_grad e": ("e", (GRADIENT, ALIGN, SWIZZLE)),
@@ -85,15 +82,15 @@ class Compiled:
         return 32 * self.case.options["num_warps"]
 
 
-def quantizers(forward: str) -> dict[str, tuple[str, tuple[Pass, ...]]]:
-    """All operators but the products, in order. forward: a key of `FORWARD`."""
-    return {f"quantize {operand}": (operand, (*FORWARD[forward], SWIZZLE)) for operand in "xw"} | dict(BACKWARD)
+def quantizers() -> dict[str, tuple[str, tuple[Pass, ...]]]:
+    """All operators but the products, in order."""
+    return {f"quantize {operand}": (operand, (*FORWARD, SWIZZLE)) for operand in "xw"} | dict(BACKWARD)
 
 
-def read(capability: int, forward: str) -> dict[str, Compiled]:
+def read(capability: int) -> dict[str, Compiled]:
     """Every kernel that is launched, compiled for a compute capability and bfloat16 operands. Case name -> counts."""
     known = cases(capability, "bf16")
-    launches = [launch for _, launches in quantizers(forward).values() for launch in launches if launch.tile]
+    launches = [launch for _, launches in quantizers().values() for launch in launches if launch.tile]
     rare = {launch.case: launch.rare for launch in launches} | {PRODUCT: ()}
     return {
         name: Compiled(known[name], count(disassemble(compiled(known[name], capability).asm["cubin"]), functions))

@@ -19,7 +19,7 @@ from quartet_compile.kernels.triton_kernels import (
     backward,
     dequantize,
     forward,
-    forward_values,
+    forward_groups,
     forward_words,
     ms_eden,
     packed_product,
@@ -47,10 +47,6 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
     """The kernels behind the operators on packed matrices, for a compute capability and the operand's dtype: "bf16", "fp16" or "fp32"."""
     target = target_for(capability, processors=1)
     forms = {"NATIVE": target.native}
-    rounding = {
-        "x": f"*{dtype}", "peak_bits": "*i32", "codes": "*u8", "scales": "*u8", "out_tensor_scale": "*fp32",
-        "groups": "i32!", "columns": "i32!", "groups_per_row": "i32!",
-    }  # fmt: skip
     operand = {
         "codes": "*u8", "provisional": "*fp32", "peak_bits": "*i32", "seeds": "*i64", "index": "i32", "rank": "i32",
         "columns": "i32!", "blocks": "i32", "tiles": "i32",
@@ -59,21 +55,7 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
     gradient = {"ROWS": tile_rows, "PERMUTED": target.permuted, **forms}
     saved_columns, saved_options = backward.SAVED_TILE
     found = {
-        "largest_magnitude": Case(
-            forward.largest_magnitude_kernel,
-            {"x": f"*{dtype}", "peak_bits": "*i32", "elements": "i32!"},
-            {"BLOCK": 2048, "STEPS": 8},
-            {"num_warps": 8},
-        ),
-        "four_over_six": Case(
-            forward.round_groups_kernel, rounding, {"CEILING": 256.0, "FOUR": True, "RAGGED": False, "BLOCK": 128, **forms}
-        ),
-        "four_over_six_ragged": Case(
-            forward.round_groups_kernel,
-            {**rounding, "columns": "i32"},
-            {"CEILING": 256.0, "FOUR": True, "RAGGED": True, "BLOCK": 128, **forms},
-        ),
-        **one_pass_cases(capability, dtype),
+        **forward_cases(capability, dtype),
         "gradient": Case(
             backward.gradient_kernel,
             {**operand, "x": f"*{dtype}", "rows": "i32!", "row_stride": "i32!"},
@@ -128,8 +110,8 @@ def product_types() -> dict[str, str]:
     return {f"{side}_{part}": kind for side in "ab" for part, kind in packed.items()}
 
 
-def one_pass_cases(capability: int, dtype: str) -> dict[str, Case]:
-    """Both passes of `forward_values`; with values where no FP4 tensor cores are, as they are used."""
+def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
+    """Both passes of `forward`; with values where no FP4 tensor cores are, as they are used."""
     native = target_for(capability, processors=1).native
     packed = {"codes": "*u8", "scales": "*u8", "values": "*i16", "peaks": "*i32", "groups": "i32!"}
     matrix = {**packed, "x": f"*{dtype}", "columns": "i32!", "groups_per_row": "i32!"}
@@ -137,29 +119,29 @@ def one_pass_cases(capability: int, dtype: str) -> dict[str, Case]:
     words = {**packed, "x": "*i32", "codes": "*i32", "values": "*i32"}
     options = {"num_warps": 8}
     ragged = {"columns": "i32"}
-    found: dict[str, Case] = {}
+    found = {}
     for suffix, values in (("", False), ("_values", True)):
         forms = {"FOUR": True, "VALUES": values}
-        of_any = {**forms, "NATIVE": native, "BLOCK": forward_values.ANY_BLOCK}
-        constants = {"CEILING": 256.0, "REPAIRED": forward_values.REPAIRED, "CHUNK": forward_values.CHUNK, "WIDTH": forward_values.WIDTH}
+        of_any = {**forms, "NATIVE": native, "BLOCK": forward.ANY_BLOCK}
+        constants = {"CEILING": 256.0, "REPAIRED": forward.REPAIRED, "CHUNK": forward.CHUNK, "WIDTH": forward.WIDTH}
         found |= {
             f"words{suffix}": Case(
                 forward_words.round_words_kernel,
                 words,
-                {**forms, "XORSIGN": capability > 80, "BLOCK": forward_values.WORDS_BLOCK},
+                {**forms, "NATIVE": native and not values, "XORSIGN": capability > 80, "BLOCK": forward.WORDS_BLOCK},
                 options,
                 exact=False,
             ),
-            f"any{suffix}": Case(forward_values.round_any_kernel, matrix, {**of_any, "RAGGED": False}, options),
-            f"any_ragged{suffix}": Case(forward_values.round_any_kernel, {**matrix, **ragged}, {**of_any, "RAGGED": True}, options),
+            f"any{suffix}": Case(forward_groups.round_any_kernel, matrix, {**of_any, "RAGGED": False}, options),
+            f"any_ragged{suffix}": Case(forward_groups.round_any_kernel, {**matrix, **ragged}, {**of_any, "RAGGED": True}, options),
             f"align{suffix}": Case(
-                forward_values.align_scales_kernel,
+                forward.align_scales_kernel,
                 second,
-                {**of_any, **constants, "RAGGED": False, "BLOCK": forward_values.WORDS_BLOCK},
+                {**of_any, **constants, "RAGGED": False, "BLOCK": forward.WORDS_BLOCK},
                 options,
             ),
             f"align_ragged{suffix}": Case(
-                forward_values.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, options
+                forward.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, options
             ),
         }
     return {name: case for name, case in found.items() if not (native and name.endswith("values"))}

@@ -1,8 +1,7 @@
 """How fast a linear should be in native NVFP4, forward and backward, against BF16: a roofline model, not a measurement.
 
-    python benchmarks/roofline.py                  the sizes of the paper's figure on three GPUs
-    python benchmarks/roofline.py --quick          its smallest and largest size
-    python benchmarks/roofline.py --forward one    as if the forward quantizer were `forward_values.quantize_one_pass`
+    python benchmarks/roofline.py            the sizes of the paper's figure on three GPUs
+    python benchmarks/roofline.py --quick    its smallest and largest size
 
 Needs no GPU, but Triton on Linux with the compiler and disassembler that it brings. A launch takes the longest of three times:
     bytes           that its algorithm moves through DRAM, at a fraction of the bandwidth
@@ -10,7 +9,6 @@ Needs no GPU, but Triton on Linux with the compiler and disassembler that it bri
                     compiled for the GPU's architecture (`sass` tells how)
     tensor          tensor-core operations, at a fraction of the dense peak
 and a linear the sum of its launches (`native_path` lists them). BF16 is the three products alone.
-    maxima given    speedup without the pass for the largest magnitude, as the paper measured
     no issue        speedup if instructions were free: what better code for the same launches could reach
     FP4 needed      the fraction of the FP4 peak that the products must reach for the goal, all other launches as they are
 """
@@ -49,7 +47,7 @@ FRACTIONS = {
 }  # fmt: skip
 
 SPEED_HEADER = (
-    "GPU", "linears", "BF16 ms", "NVFP4 ms", "products", "quantizers", "speedup", "maxima given", "no issue", "paper", "goal", "FP4 needed",
+    "GPU", "linears", "BF16 ms", "NVFP4 ms", "products", "quantizers", "speedup", "no issue", "paper", "goal", "FP4 needed",
 )  # fmt: skip
 KERNEL_HEADER = ("GPU", "kernel", "calls", "instr/elem", "bytes us", "instr us", "tensor us", "bound", "note")
 
@@ -57,12 +55,12 @@ KERNEL_HEADER = ("GPU", "kernel", "calls", "instr/elem", "bytes us", "instr us",
 # ---------------------------------------------------------------- figures
 
 
-def speedup(size: str, kernels: Mapping[str, Compiled], forward: str, gpu: Gpu, reached: Reached) -> dict[str, Any]:
+def speedup(size: str, kernels: Mapping[str, Compiled], gpu: Gpu, reached: Reached) -> dict[str, Any]:
     """The figures of one of the paper's sizes: its linears one after the other. Seconds."""
-    from native_path import MAXIMUM, PRODUCT
+    from native_path import PRODUCT
     from roofline_model import BOUNDS, added, bf16_seconds, by_kernel, nvfp4_costs
 
-    costs = [cost for o, i in MODELS[size] for cost in nvfp4_costs(kernels, forward, TOKENS, i, o, gpu, reached)]
+    costs = [cost for o, i in MODELS[size] for cost in nvfp4_costs(kernels, TOKENS, i, o, gpu, reached)]
     bf16 = sum(bf16_seconds(TOKENS, i, o, gpu, reached) for o, i in MODELS[size])
     seconds = {name: sum(cost.seconds for cost in launches) for name, launches in by_kernel(costs).items()}
     sums = {name: added(launches) for name, launches in by_kernel(costs).items()}
@@ -74,7 +72,6 @@ def speedup(size: str, kernels: Mapping[str, Compiled], forward: str, gpu: Gpu, 
         "gpu": gpu.name, "size": size, "bf16_seconds": bf16, "nvfp4_seconds": total,
         "product_seconds": seconds[PRODUCT], "quantizer_seconds": quantizers,
         "speedup": bf16 / total,
-        "speedup_maxima_given": bf16 / (total - seconds.get(MAXIMUM.case, 0.0)),
         "speedup_without_issue_bound": bf16 / sum(max(cost.bytes, cost.tensor) for cost in costs),
         "paper": PAPER[size] if gpu.name == "RTX 5090" else None, "goal": goal,
         "fp4_fraction_needed": None if left is None or left <= 0 else sums[PRODUCT].tensor * reached.tensor / left,
@@ -98,7 +95,7 @@ def speed_cells(figure: Mapping[str, Any]) -> list[str]:
         figure["gpu"],
         figure["size"],
         *(f"{figure[key] * 1e3:.2f}" for key in ("bf16_seconds", "nvfp4_seconds", "product_seconds", "quantizer_seconds")),
-        *(_or_dash(figure[key]) for key in ("speedup", "speedup_maxima_given", "speedup_without_issue_bound", "paper", "goal")),
+        *(_or_dash(figure[key]) for key in ("speedup", "speedup_without_issue_bound", "paper", "goal")),
         "-" if figure["goal"] is None else f"{needed:.0%}" if needed is not None and needed <= 1 else "> 100%",
     ]
 
@@ -111,12 +108,12 @@ def kernel_note(count: Count) -> str:
     return f"{most}; a loop of {count.inner} counted once" if count.inner >= LOOP else most
 
 
-def kernel_rows(kernels: Mapping[str, Compiled], forward: str, gpu: Gpu, reached: Reached) -> list[list[str]]:
+def kernel_rows(kernels: Mapping[str, Compiled], gpu: Gpu, reached: Reached) -> list[list[str]]:
     """One row a kernel, its launches in a linear of 4096 to 4096 features together."""
     from roofline_model import BOUNDS, added, by_kernel, nvfp4_costs
 
     rows = []
-    for name, launches in by_kernel(nvfp4_costs(kernels, forward, TOKENS, 4096, 4096, gpu, reached)).items():
+    for name, launches in by_kernel(nvfp4_costs(kernels, TOKENS, 4096, 4096, gpu, reached)).items():
         cost = added(launches)
         note = kernel_note(kernels[name].count) if name in kernels else "by Inductor: bytes alone"
         times = (f"{getattr(cost, bound) * 1e6:.0f}" for bound in BOUNDS)
@@ -136,11 +133,11 @@ def hot_lines(name: str, count: Count) -> list[str]:
     return lines
 
 
-def issue_bound(kernels: Mapping[str, Compiled], forward: str, gpu: Gpu, reached: Reached) -> list[str]:
+def issue_bound(kernels: Mapping[str, Compiled], gpu: Gpu, reached: Reached) -> list[str]:
     """For the kernels that instructions bound, where these come from."""
     from roofline_model import added, by_kernel, nvfp4_costs
 
-    costs = by_kernel(nvfp4_costs(kernels, forward, TOKENS, 4096, 4096, gpu, reached))
+    costs = by_kernel(nvfp4_costs(kernels, TOKENS, 4096, 4096, gpu, reached))
     names = [name for name, launches in costs.items() if added(launches).bound == "instructions"]
     return [line for name in names for line in hot_lines(name, kernels[name].count)]
 
@@ -162,7 +159,7 @@ def shortfalls(figures: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def assumptions(forward: str, reached: Reached) -> list[str]:
+def assumptions(reached: Reached) -> list[str]:
     """What the tables stand on."""
     return [
         *(
@@ -172,7 +169,7 @@ def assumptions(forward: str, reached: Reached) -> list[str]:
         ),
         f"  FP4 products and rotations reach {reached.tensor:.0%} of tensor-core peaks; all kernels {reached.bandwidth:.0%} of bandwidth "
         f"and {reached.issue:.0%} of issue slots.",
-        f"  {TOKENS} tokens; x and w quantized in {forward} pass(es); launches one after the other; nothing shared between linears.",
+        f"  {TOKENS} tokens; launches one after the other; nothing shared between linears.",
         "  Instructions: the longest path, predicated-off ones included; left out are slow paths of divisions, groups quantized again, and",
         "  what one warp issues for all (tcgen05.mma).",
         "  Not modelled: latency, launches, L2 and shared memory, strided reads, units slower than issue (conversions, MUFU, shuffles).",
@@ -180,11 +177,11 @@ def assumptions(forward: str, reached: Reached) -> list[str]:
     ]
 
 
-def report(kernels: Mapping[int, Mapping[str, Compiled]], figures: Sequence[Mapping[str, Any]], forward: str, reached: Reached) -> str:
+def report(kernels: Mapping[int, Mapping[str, Compiled]], figures: Sequence[Mapping[str, Any]], reached: Reached) -> str:
     """All tables."""
-    rows = [row for gpu in GPUS for row in kernel_rows(kernels[gpu.capability], forward, gpu, reached)]
+    rows = [row for gpu in GPUS for row in kernel_rows(kernels[gpu.capability], gpu, reached)]
     first = {gpu.capability: gpu for gpu in reversed(GPUS)}
-    hot = [line for c, gpu in sorted(first.items()) for line in (f"sm_{c}:", *issue_bound(kernels[c], forward, gpu, reached))]
+    hot = [line for c, gpu in sorted(first.items()) for line in (f"sm_{c}:", *issue_bound(kernels[c], gpu, reached))]
     missed = shortfalls(figures) or ["  none"]
     return "\n".join([
         ", ".join(f"{key} {value}" for key, value in environment(None).items()),
@@ -193,13 +190,12 @@ def report(kernels: Mapping[int, Mapping[str, Compiled]], figures: Sequence[Mapp
         f"\nKernels of one linear, {TOKENS} x 4096 -> 4096 (instr/elem: a thread's, of the operand; the product's, of y):",
         table(KERNEL_HEADER, rows, left=2),
         "\nWhere the instructions come from, for the kernels that they bound:", *hot,
-        "\nAssumptions:", *assumptions(forward, reached),
+        "\nAssumptions:", *assumptions(reached),
     ])  # fmt: skip
 
 
 def main() -> int:
     parser = command_line(__doc__, cpu=False)
-    parser.add_argument("--forward", choices=("two", "one"), default="two", help="passes of the forward quantizer (two, as it is now)")
     fractions = parser.add_argument_group("fractions reached")
     for name, what in FRACTIONS.items():
         fractions.add_argument(f"--{name}", type=float, help=f"of {what}", metavar="F")
@@ -216,13 +212,13 @@ def main() -> int:
         tool("ptxas"), tool("nvdisasm")
         for capability in sorted({gpu.capability for gpu in GPUS}):
             progress(f"compiling for sm_{capability}")
-            kernels[capability] = read(capability, arguments.forward)
+            kernels[capability] = read(capability)
     except ToolError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     sizes = ("800M", "22B") if arguments.quick else tuple(MODELS)
-    figures = [speedup(size, kernels[gpu.capability], arguments.forward, gpu, reached) for gpu in GPUS for size in sizes]
+    figures = [speedup(size, kernels[gpu.capability], gpu, reached) for gpu in GPUS for size in sizes]
     write_json(arguments.json, None, figures)
-    print(report(kernels, figures, arguments.forward, reached))
+    print(report(kernels, figures, reached))
     return 0
 
 

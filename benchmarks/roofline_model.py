@@ -108,12 +108,12 @@ def bf16_seconds(tokens: int, inputs: int, outputs: int, gpu: Gpu, reached: Reac
 
 
 def nvfp4_costs(
-    kernels: Mapping[str, Compiled], forward: str, tokens: int, inputs: int, outputs: int, gpu: Gpu, reached: Reached
+    kernels: Mapping[str, Compiled], tokens: int, inputs: int, outputs: int, gpu: Gpu, reached: Reached
 ) -> list[Cost]:
-    """Every launch of one linear, forward and backward. forward: a key of `native_path.FORWARD`."""
+    """Every launch of one linear, forward and backward."""
     elements = {"x": tokens * inputs, "w": outputs * inputs, "e": tokens * outputs}
     costs = []
-    for operand, launches in quantizers(forward).values():
+    for operand, launches in quantizers().values():
         costs += [pass_cost(launch, kernels, elements[operand], gpu, reached) for launch in launches]
     return costs + [product_cost(kernels[PRODUCT], *shape, gpu, reached) for shape in products(tokens, inputs, outputs)]
 

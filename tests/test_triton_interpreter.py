@@ -21,14 +21,14 @@ UNUSABLE = Version(triton.__version__) < Version("3.7") and Version(numpy.__vers
 
 
 @pytest.mark.skipif(UNUSABLE, reason="Triton 3.6 interprets with numpy before 2.4 only: it makes Python numbers of arrays with one element")
-@pytest.mark.parametrize("name", ["numbers", "quantizers", "matmul", "forward_values", "eden_values"])
+@pytest.mark.parametrize("name", ["numbers", "quantizers", "matmul", "forward", "eden_values"])
 def test_kernels_in_the_interpreter(name: str) -> None:
     run_interpreted(name, "not slow and not gpu")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(UNUSABLE, reason="as above")
-@pytest.mark.parametrize("name", ["forward_values", "eden_values"])
+@pytest.mark.parametrize("name", ["forward", "eden_values"])
 def test_kernels_in_the_interpreter_slowly(name: str) -> None:
     run_interpreted(name, "slow and not gpu")
 

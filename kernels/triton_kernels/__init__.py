@@ -1,14 +1,14 @@
 """The operators of `quartet_compile.kernels.ops` on NVIDIA GPUs, in Triton: sm_80 and newer, with FP4 instructions where the GPU has them.
 
 `forward` quantizes by a deterministic rule, `backward` makes the rotated operands of the backward products, `matmul` multiplies;
-`forward_values`, `gradient_values` and `saved_values` make the bfloat16 values that GPUs without FP4 tensor cores multiply. `numbers`,
-`random`, `rotation`, `ms_eden` and `eden_values` are what they are made of, `launch` what they ask of the GPU. All of it equals
-`quartet_compile.kernels.reference_ops` bit for bit, but for near-ties decided by the order of float32 additions in rotations and products.
+`gradient_values` and `saved_values` make those operands in bfloat16, for GPUs without FP4 tensor cores. `forward_groups`, `forward_words`,
+`numbers`, `words`, `random`, `rotation`, `ms_eden` and `eden_values` are what they are made of, `launch` what they ask of the GPU. All of
+it equals `quartet_compile.kernels.reference_ops` bit for bit, but for near-ties decided by the order of float32 additions in rotations and
+products.
 """
 
 from quartet_compile.kernels.triton_kernels.backward import quantize_grad, requantize
-from quartet_compile.kernels.triton_kernels.forward import quantize
-from quartet_compile.kernels.triton_kernels.forward_values import quantize_with_values
+from quartet_compile.kernels.triton_kernels.forward import quantize, quantize_with_values
 from quartet_compile.kernels.triton_kernels.gradient_values import grad_values
 from quartet_compile.kernels.triton_kernels.matmul import matmul, matmul_values
 from quartet_compile.kernels.triton_kernels.packed_product import matmul_packed

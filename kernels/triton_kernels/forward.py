@@ -1,7 +1,21 @@
-"""The deterministic rules, four-over-six and nearest: a pass for the largest magnitude, then one that rounds.
+"""The deterministic rules, four-over-six and nearest, in one pass over the matrix; also the bfloat16 values that the codes stand for.
 
-Bytes an element of a bfloat16 matrix: 2 read by the first pass; 2 read and 0.5625 written by the second. A thread of the second pass owns
-a whole group of 16, so its maximum and its sums stay in registers. Divisions are IEEE ones: a tie of the quotient decides a code.
+Dividing by the tensor scale g, a power of two, moves the exponent of a group's scale and nothing else, as long as the scale is a normal
+E4M3 number. Codes and values then need no g: the first pass, over the matrix, writes them, and of each group scale a byte with its exponent
+relative to the largest magnitude of its *block* of groups, which it writes too. The second pass reads a byte a group and all the blocks'
+magnitudes, hence knows g, and writes E4M3. It quantizes again, by the reference's steps (`forward_groups.round_groups`), where that
+reasoning does not hold: the 256 groups around a scale near or in E4M3's subnormal range, and everything if g is near an end of float32 or a
+number is not finite.
+
+The first pass has two forms: `forward_words` for whole groups of bfloat16, `forward_groups` for everything else.
+
+Bytes an element of a bfloat16 matrix: 2 read, 0.5625 written and 2 more with values; the second pass, 0.125, mostly meets the L2 cache.
+
+The choice between four and six is the reference's, too. The first pass computes errors in a unit n of the group's, a quarter of the binade
+of its maximum, instead of g: the same float32 numbers but for underflow, that is but for squares below 2^-113 n^2 (2^-126 g^2; a normal
+scale makes g at most 2^6.5 n). A sum of 16 takes four additions, and a term below 2^-25 of the other one is lost in an addition: sums
+from 2^-13 n^2 on are the same in both units. If both sums are smaller, each candidate is within 2^-6.5 n of each element; both candidates
+are multiples of n / 32, hence equal, and so are both sums in either unit: six is chosen.
 """
 
 import torch
@@ -11,117 +25,129 @@ from torch import Tensor
 
 from quartet_compile.kernels.format import E2M1_MAX, GROUP, ceil_to
 from quartet_compile.kernels.reference import SCALE_CEILING
-from quartet_compile.kernels.triton_kernels.launch import EXACT, empty_packed, on_device_of, target_of
-from quartet_compile.kernels.triton_kernels.numbers import e2m1_pair, e4m3_nearest, group_sum, magnitude_bits, tensor_scale, to_float32
+from quartet_compile.kernels.triton_kernels.forward_groups import load_groups, round_any_kernel, round_groups, store_codes_and_values
+from quartet_compile.kernels.triton_kernels.forward_words import origin_of, round_words_kernel
+from quartet_compile.kernels.triton_kernels.launch import EXACT, empty_packed, is_aligned, launch, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.numbers import bits_of, tensor_scale
 
 _E2M1_MAX = tl.constexpr(E2M1_MAX)
+_SMALLEST_G = tl.constexpr(2.0**-90)
+_LARGEST_G = tl.constexpr(2.0**100)
+_SMALLEST_SCALE = tl.constexpr(13)
+"""E4M3 byte of 1.625 * 2^-6: if four's scale is not below it, neither is six's below 2^-6, the smallest normal number."""
+
+WORDS_BLOCK, ANY_BLOCK = 512, 256
+"""Groups of a program of the first pass, and of a magnitude that it writes."""
+CHUNK = 8192
+"""Groups that a program of the second pass looks at together."""
+REPAIRED = 256
+"""Groups that the second pass quantizes again if it must one of them: at most a block, at least 1/32 of a chunk."""
+WIDTH = 4096
+"""Magnitudes that the second pass reads together."""
+
+
+# ---------------------------------------------------------------- second pass
 
 
 @triton.jit
-def largest_magnitude_kernel(x, peak_bits, elements, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """peak_bits[0] = max(peak_bits[0], float32 bits of max |x|), over x as a flat array."""
-    first = tl.program_id(0).to(tl.int64) * (BLOCK * STEPS)
-    offsets = tl.arange(0, BLOCK)
-    peak = tl.zeros((BLOCK,), tl.int32)
-    for step in range(STEPS):
-        start = first + step * BLOCK
-        values = tl.load(x + start + offsets, mask=start + offsets < elements, other=0.0)
-        peak = tl.maximum(peak, magnitude_bits(to_float32(values)))
-    tl.atomic_max(peak_bits, tl.max(peak, 0), sem="relaxed")
-
-
-@triton.jit
-def candidate(even, odd, s, NATIVE: tl.constexpr):
-    """Elements [n, 8] in units of g, group scales [n] -> their bytes, and the squared error of each group."""
-    s = s[:, None]
-    byte, even_value, odd_value = e2m1_pair(tl.div_rn(even, s), tl.div_rn(odd, s), NATIVE)
-    even_error = even_value * s - even
-    odd_error = odd_value * s - odd
-    return byte, group_sum(even_error * even_error, odd_error * odd_error)
-
-
-@triton.jit
-def _group_scale(c):
-    """E4M3 bits and value nearest to c, 1 instead of 0."""
-    bits, value = e4m3_nearest(c)
-    return tl.where(bits == 0, 0x38, bits), tl.where(bits == 0, 1.0, value)
-
-
-@triton.jit
-def load_groups(x, first, groups, columns, groups_per_row, RAGGED: tl.constexpr, BLOCK: tl.constexpr):
-    """Groups first, first + 1, ... of contiguous x [M, columns] -> f32 [BLOCK, 16], zeros behind the end of a row."""
-    i = tl.arange(0, BLOCK)
-    j = tl.arange(0, 8)[None, :]
-    present = (first + i < groups)[:, None]
-    # Two loads of 8 elements, so that with 16-bit inputs the 16 of a group meet in one thread.
-    if RAGGED:
-        column = (first + i) % groups_per_row * 16
-        start = x + ((first + i) // groups_per_row * columns + column)[:, None]
-        left = columns - column[:, None]
-        front = tl.load(start + j, mask=present & (j < left), other=0.0)
-        back = tl.load(start + j + 8, mask=present & (j + 8 < left), other=0.0)
-    else:
-        start = x + first * 16 + i[:, None] * 16
-        front = tl.load(start + j, mask=present, other=0.0)
-        back = tl.load(start + j + 8, mask=present, other=0.0)
-    return tl.join(to_float32(front), to_float32(back)).permute(0, 2, 1).reshape(BLOCK, 16)
-
-
-@triton.jit
-def round_groups(numbers, g, FOUR: tl.constexpr, NATIVE: tl.constexpr):
-    """float32 [n, 16], the tensor scale -> code bytes int32 [n, 8], E4M3 bits and value of each group's scale."""
-    n: tl.constexpr = numbers.shape[0]
-    peak = tl.max(tl.abs(numbers), 1)
-    inverse = tl.div_rn(1.0, g)
-    base = tl.div_rn(peak, _E2M1_MAX) * inverse
-    even, odd = tl.split((numbers * inverse).reshape(n, 8, 2))
-    bits, s = _group_scale(base)
-    byte, error = candidate(even, odd, s, NATIVE)
-    if FOUR:
-        bits4, s4 = _group_scale(base * 1.5)
-        byte4, error4 = candidate(even, odd, s4, NATIVE)
-        four = error4 < error
-        bits = tl.where(four, bits4, bits)
-        s = tl.where(four, s4, s)
-        byte = tl.where(four[:, None], byte4, byte)
-    return tl.where((peak > 0)[:, None], byte, 0), bits, s
-
-
-@triton.jit
-def round_groups_kernel(
-    x, peak_bits, codes, scales, out_tensor_scale, groups, columns, groups_per_row,
-    CEILING: tl.constexpr, FOUR: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+def _quantize_again(
+    x, codes, scales, values, g, finite, first, groups, columns, groups_per_row,
+    FOUR: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Contiguous x [M, columns] -> codes, E4M3 bytes and tensor scale. RAGGED: `columns` is no multiple of 16, so groups end early."""
-    g, finite = tensor_scale(tl.load(peak_bits), CEILING, _E2M1_MAX)
-    first = tl.program_id(0).to(tl.int64) * BLOCK
+    """Groups first, first + 1, ... by `round_groups`, with their values."""
     i = tl.arange(0, BLOCK)
-    j = tl.arange(0, 8)[None, :]
-    present = first + i < groups
-    byte, bits, _ = round_groups(load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK), g, FOUR, NATIVE)
-    tl.store(codes + first * 8 + i[:, None] * 8 + j, tl.where(finite, byte, 0).to(tl.uint8), mask=present[:, None])
-    tl.store(scales + first + i, tl.where(finite, bits, 0).to(tl.uint8), mask=present)
+    byte, bits, s = round_groups(load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK), g, FOUR, NATIVE)
+    byte = tl.where(finite, byte, 0)
+    tl.store(scales + first + i, tl.where(finite, bits, 0).to(tl.uint8), mask=first + i < groups)
+    store_codes_and_values(codes, values, first, groups, byte, tl.where(finite, s * g, float("nan")), VALUES, BLOCK)
+
+
+@triton.jit
+def align_scales_kernel(
+    x, codes, scales, values, peaks, out_tensor_scale, groups, columns, groups_per_row,
+    CEILING: tl.constexpr, FOUR: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr,
+    BLOCK: tl.constexpr, REPAIRED: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Provisional scales -> E4M3 in place, and the tensor scale; groups whose codes may depend on g are quantized again.
+
+    Any number of programs, each reads all of `peaks`, WIDTH at a time. values: int16.
+    """
+    blocks = tl.cdiv(groups, BLOCK)
+    whole = blocks // 16 * 16  # as many as can be loaded four at a time
+    rest = whole + tl.arange(0, 16)
+    largest = tl.zeros((WIDTH,), tl.int32) + tl.max(tl.load(peaks + rest, mask=rest < blocks, other=0), 0)
+    for start in range(0, whole, WIDTH):
+        i = start + tl.arange(0, WIDTH)
+        largest = tl.maximum(largest, tl.load(peaks + i, mask=i < whole, other=0))
+    g, finite = tensor_scale(tl.max(largest, 0), CEILING, _E2M1_MAX)
     if tl.program_id(0) == 0:
         tl.store(out_tensor_scale, tl.where(finite, g, float("nan")))
+    everything = ((g < _SMALLEST_G) | (g > _LARGEST_G) | (finite == 0)).to(tl.int32)
+    g_origin = ((bits_of(g) >> 23) - 7) * 8
+    row = tl.arange(0, CHUNK // REPAIRED)
+    offset = row[:, None] * REPAIRED + tl.arange(0, REPAIRED)[None, :]
+    for chunk in range(tl.program_id(0), tl.cdiv(groups, CHUNK), tl.num_programs(0)):
+        first = tl.cast(chunk, tl.int64) * CHUNK
+        present = first + offset < groups
+        block = chunk * (CHUNK // BLOCK) + row // (BLOCK // REPAIRED)
+        origin = origin_of(tl.load(peaks + block, mask=block < blocks, other=0)) - g_origin
+        provisional = tl.load(scales + first + offset, mask=present, other=0).to(tl.int32)
+        byte = provisional + origin[:, None]
+        again = tl.max(((provisional != 0) & (byte < _SMALLEST_SCALE)).to(tl.int32), 1) | everything
+        byte = tl.where(provisional == 0, 0x38, byte)
+        tl.store(scales + first + offset, byte.to(tl.uint8), mask=present & (again == 0)[:, None])
+        marked = tl.sum(again << row, 0)
+        if marked != 0:
+            for r in range(CHUNK // REPAIRED):
+                if (marked >> r) & 1:
+                    _quantize_again(
+                        x, codes, scales, values, g, finite, first + r * REPAIRED, groups, columns, groups_per_row,
+                        FOUR, VALUES, RAGGED, NATIVE, REPAIRED,
+                    )  # fmt: skip
 
 
-def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize the rows of x [M, K] by "four_over_six" or "nearest"."""
+# ---------------------------------------------------------------- launches
+
+
+def _quantize(x: Tensor, rule: str, with_values: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if rule not in ("four_over_six", "nearest"):
         raise ValueError(f"no deterministic rule {rule!r}")
     x = x.contiguous()
     rows, columns = x.shape
     codes, scales, g = empty_packed(x, rows, ceil_to(columns, GROUP))
+    values = torch.empty((rows, ceil_to(columns, GROUP)) if with_values else (0,), dtype=torch.bfloat16, device=x.device)
     groups = scales.numel()
     if groups == 0:
-        return codes, scales, g.fill_(1.0)
-    peak_bits = torch.zeros((), dtype=torch.int32, device=x.device)
-    block, steps, group_block = 2048, 8, 128
+        return codes, scales, g.fill_(1.0), values
+    target = target_of(x)
+    raw_scales, raw_values = scales.view(torch.uint8), values.view(torch.int16)
+    in_words = x.dtype == torch.bfloat16 and columns % GROUP == 0 and is_aligned(x)
+    block = WORDS_BLOCK if in_words else ANY_BLOCK
+    blocks = triton.cdiv(groups, block)
+    peaks = torch.empty(blocks, dtype=torch.int32, device=x.device)
+    forms = {"FOUR": rule == "four_over_six", "VALUES": with_values, "BLOCK": block}
+    shape = (groups, columns, scales.shape[1])
+    shape_forms = {"RAGGED": columns % GROUP != 0, "NATIVE": target.native}
+    options = {"num_warps": 8, **EXACT}
     with on_device_of(x):
-        largest_magnitude_kernel[(triton.cdiv(x.numel(), block * steps),)](x, peak_bits, x.numel(), block, steps, num_warps=8)
-        round_groups_kernel[(triton.cdiv(groups, group_block),)](
-            x, peak_bits, codes, scales.view(torch.uint8), g, groups, columns, scales.shape[1],
-            CEILING=SCALE_CEILING[rule], FOUR=rule == "four_over_six", RAGGED=columns % GROUP != 0, NATIVE=target_of(x).native,
-            BLOCK=group_block, num_warps=4, **EXACT,
+        if in_words:
+            words = (x.view(torch.int32), codes.view(torch.int32), raw_scales, values.view(torch.int32))
+            native = target.native and not with_values
+            launch(round_words_kernel, blocks, *words, peaks, groups, NATIVE=native, XORSIGN=target.capability > 80, **forms, **options)
+        else:
+            launch(round_any_kernel, blocks, x, codes, raw_scales, raw_values, peaks, *shape, **forms, **shape_forms, **options)
+        launch(
+            align_scales_kernel, min(triton.cdiv(groups, CHUNK), 2 * target.processors), x, codes, raw_scales, raw_values, peaks, g, *shape,
+            CEILING=SCALE_CEILING[rule], REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH, **forms, **shape_forms, **options,
         )  # fmt: skip
-    return codes, scales, g
+    return codes, scales, g, values
+
+
+def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize the rows of x [M, K], "four_over_six" or "nearest": packed [M, ceil(K/16)*16]. ValueError for any other rule."""
+    return _quantize(x, rule, with_values=False)[:3]
+
+
+def quantize_with_values(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `quantize` returns, and the values bfloat16 [M, ceil(K/16)*16] that it stands for."""
+    return _quantize(x, rule, with_values=True)

@@ -1,11 +1,13 @@
-"""The first pass of `forward_values` over a bfloat16 matrix, two elements an instruction.
+"""The first pass of `forward` over a bfloat16 matrix, two elements an instruction.
 
-Its speed hangs on the number of instructions: about 19 an element on sm_90, a fifth of them for what is done once a group.
+Its speed hangs on the number of instructions: about 19 an element on sm_90, a fifth of them for what is done once a group, and 12 on sm_100
+(`forward_native`).
 """
 
 import triton
 import triton.language as tl
 
+from quartet_compile.kernels.triton_kernels.forward_native import native_candidate, scaled_elements
 from quartet_compile.kernels.triton_kernels.numbers import FINITE, bits_of, from_bits, reciprocal
 from quartet_compile.kernels.triton_kernels.words import (
     SIGNS,
@@ -85,11 +87,11 @@ def word_candidate(w, minus_s):
 @triton.jit
 def round_words_kernel(
     x, codes, scales, values, peaks, groups,
-    FOUR: tl.constexpr, VALUES: tl.constexpr, XORSIGN: tl.constexpr, BLOCK: tl.constexpr,
+    FOUR: tl.constexpr, VALUES: tl.constexpr, NATIVE: tl.constexpr, XORSIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x: words int32 [groups, 8] -> codes int32 [groups, 2], provisional scales u8, values as words, magnitude bits of each block.
 
-    A thread owns whole groups: nothing but the block's maximum crosses threads.
+    A thread owns whole groups: nothing but the block's maximum crosses threads. Only without values may it be NATIVE.
     """
     # No masks: threads behind the end do the last group once more.
     first = tl.program_id(0) * BLOCK
@@ -105,30 +107,43 @@ def round_words_kernel(
     tl.store(peaks + tl.program_id(0), block_peak)
 
     binade = peak & FINITE
-    unit = twice(from_bits(-binade & 0x7FFFFFFF))  # 4 / 2^e where the largest number is in [2^e, 2^(e+1)); zero for a zero group
-    v = ()
-    for j in tl.static_range(8):
-        v = v + (mul2(w[j], unit),)  # noqa: RUF005
-    scaled_peak = from_bits((peak & 0x7FFFFF) | 0x40800000)
+    unit = from_bits(-binade & 0x7FFFFFFF)  # 4 / 2^e where the largest number is in [2^e, 2^(e+1)); zero for a zero group
+    PEAK: tl.constexpr = 2.0 if NATIVE else 4.0  # the largest number becomes one in [PEAK, 2 * PEAK)
+    PEAK_BITS: tl.constexpr = 0x40000000 if NATIVE else 0x40800000
+    scaled_peak = from_bits((peak & 0x7FFFFF) | PEAK_BITS)
     # All scales are kept negative, as the error needs them. Four digits are far from where this product differs from the quotient.
     minus_s = four_bits(scaled_peak * -0.1666666716337204)
-    q, error = word_candidate(v, minus_s)
-    if FOUR:
-        # A quarter of the peak is in [1, 2), where float32 numbers around 1.5 * 2^20 are as far apart as those of four digits.
-        minus_s4 = tl.fma(scaled_peak, -0.25, -1572864.0) + 1572864.0
-        q4, error4 = word_candidate(v, minus_s4)
-        four = error4 < error
-        minus_s = tl.where(four, minus_s4, minus_s)
-    signs = tl.where(peak != 0, SIGNS, 0)
-    chosen = ()
-    for j in tl.static_range(8):
-        c = q[j]
+    # A quarter of the peak is in [PEAK / 4, PEAK / 2), where four digits are as far apart as float32 numbers 1.5 * 2^20 times as large.
+    minus_s4 = tl.fma(scaled_peak, -0.25, PEAK * -393216.0) + PEAK * 393216.0
+    if NATIVE:
+        tl.static_assert(not VALUES)
+        v = scaled_elements(w, unit * (PEAK / 4), peak != 0)
+        front, back, error = native_candidate(v, minus_s)
         if FOUR:
-            c = tl.where(four, q4[j], c)
-        chosen = chosen + (c | (w[j] & signs),)  # noqa: RUF005
-    s_bits = bits_of(minus_s) + binade + 0x3F800000  # wraps: without the sign, and from the unit to x's
-    front = pack_codes(chosen[0], chosen[1], chosen[2], chosen[3])
-    back = pack_codes(chosen[4], chosen[5], chosen[6], chosen[7])
+            front4, back4, error4 = native_candidate(v, minus_s4)
+            four = error4 < error
+            front = tl.where(four, front4, front)
+            back = tl.where(four, back4, back)
+            minus_s = tl.where(four, minus_s4, minus_s)
+    else:
+        scaled = ()
+        for j in tl.static_range(8):
+            scaled = scaled + (mul2(w[j], twice(unit)),)  # noqa: RUF005
+        q, error = word_candidate(scaled, minus_s)
+        if FOUR:
+            q4, error4 = word_candidate(scaled, minus_s4)
+            four = error4 < error
+            minus_s = tl.where(four, minus_s4, minus_s)
+        signs = tl.where(peak != 0, SIGNS, 0)
+        chosen = ()
+        for j in tl.static_range(8):
+            c = q[j]
+            if FOUR:
+                c = tl.where(four, q4[j], c)
+            chosen = chosen + (c | (w[j] & signs),)  # noqa: RUF005
+        front = pack_codes(chosen[0], chosen[1], chosen[2], chosen[3])
+        back = pack_codes(chosen[4], chosen[5], chosen[6], chosen[7])
+    s_bits = bits_of(minus_s) + binade + (0x80000000 - PEAK_BITS)  # wraps: without the sign, and from the unit to x's
     tl.store(codes + n[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(front, back))
     tl.store(scales + n, provisional_scale(s_bits, peak, block_peak).to(tl.uint8))
     if VALUES:

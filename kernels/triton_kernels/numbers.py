@@ -117,7 +117,7 @@ def e2m1(y):
 @triton.jit
 def e2m1_pair(even, odd, NATIVE: tl.constexpr):
     """Neighbouring elements -> (their byte in int32, the two rounded values), rounded as in `e2m1`."""
-    if NATIVE:
+    if NATIVE and not INTERPRET:
         byte, even_value, odd_value = tl.inline_asm_elementwise(
             """{ .reg .b8 code; .reg .b32 pair; .reg .b16 low, high;
             cvt.rn.satfinite.e2m1x2.f32 code, $4, $3;  cvt.u32.u8 $0, code;

@@ -1,8 +1,9 @@
-"""The one-pass quantizer equals `reference_ops.quantize`, and its values `value_ops.values_of`: bit for bit, whichever pass wrote them."""
+"""The deterministic quantizer equals `reference_ops.quantize`, its values `value_ops.values_of`: bit for bit, whichever pass wrote them."""
 
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from triton_support import BFLOAT16_FIRST, MATRICES, SHAPES, Packed, assert_equal, first, matrix, on_devices
 
 from quartet_compile.kernels import reference_ops
+from quartet_compile.kernels.format import decode_e2m1, unpack
 from quartet_compile.kernels.reference import round_e2m1
 from quartet_compile.kernels.value_ops import values_of
 
@@ -17,18 +19,19 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from quartet_compile.kernels.triton_kernels import forward_values  # noqa: E402
+from quartet_compile.kernels.triton_kernels import forward, launch  # noqa: E402
+from quartet_compile.kernels.triton_kernels.forward_native import native_candidate, scaled_elements  # noqa: E402
 from quartet_compile.kernels.triton_kernels.forward_words import word_candidate  # noqa: E402
 
-BLOCK = forward_values.WORDS_BLOCK
+BLOCK = forward.WORDS_BLOCK
 
 
 def assert_equals_the_reference(x: Tensor, rule: str = "four_over_six") -> Packed:
     """Both forms of the kernel. Returns the reference's result."""
     expected = reference_ops.quantize(x.cpu(), rule)
-    *packed, values = forward_values.quantize_with_values(x, rule)
+    *packed, values = forward.quantize_with_values(x, rule)
     assert_equal(packed, expected)
-    assert_equal(forward_values.quantize_one_pass(x, rule), expected)
+    assert_equal(forward.quantize(x, rule), expected)
     expected_values = values_of(*expected)
     assert values.shape == expected_values.shape
     assert values.dtype == torch.bfloat16
@@ -54,10 +57,22 @@ def candidate_kernel(x, scales, q, errors, BLOCK: tl.constexpr):
     tl.store(errors + n, error)
 
 
-@on_devices
-def test_every_number_and_every_scale(device):
-    """The reciprocal decides as the division does: all scales of four bits that a group's maximum in [4, 8) leads to, all numbers of eight
-    bits that are at most 17/16 * 6 of them and not far below the smallest boundary."""
+@triton.jit
+def native_candidate_kernel(x, scales, codes, errors, BLOCK: tl.constexpr):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    w = ()
+    for j in tl.static_range(8):
+        w = w + (tl.load(x + n * 8 + j),)  # noqa: RUF005
+    v = scaled_elements(w, tl.full((BLOCK,), 1.0, tl.float32), n >= 0)
+    front, back, error = native_candidate(v, -tl.load(scales + n))
+    tl.store(codes + n * 2, front)
+    tl.store(codes + n * 2 + 1, back)
+    tl.store(errors + n, error)
+
+
+def every_number_and_every_scale(peak: float) -> tuple[Tensor, Tensor]:
+    """All scales of four bits that a group's maximum in [peak, 2 * peak) leads to, and for each of them all numbers of eight bits that are
+    at most 17/16 * 6 of it and not far below the smallest boundary: x [n, 16], scales [n]."""
     six = torch.arange(11, 23) / 16
     scales = torch.cat([six[(six <= 1) | (six * 8 % 1 == 0)], torch.arange(9, 17) / 8]).unique()
     assert scales.numel() == 14
@@ -67,19 +82,63 @@ def test_every_number_and_every_scale(device):
     numbers = torch.nn.functional.pad(numbers, (0, -numbers.numel() % 4096)).view(-1, 16)
     x = numbers.repeat(14, 1)
     s = scales.repeat_interleave(len(numbers))
-    x = torch.where(x.abs() <= 6.375 * s[:, None], x, 0.0)
-    words = x.bfloat16().to(device).view(torch.int32)
-    q = torch.empty_like(words)
-    errors = torch.empty(len(s), device=device)
-    candidate_kernel[(len(s) // 256,)](words, s.to(device), q, errors, 256)
+    return torch.where(x.abs() <= 6.375 * s[:, None], x, 0.0) * (peak / 4), s * (peak / 4)
+
+
+def nearest_and_error(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     magnitudes = round_e2m1(x.abs() / s[:, None])
-    ours = q.view(torch.bfloat16).float().cpu()
-    assert torch.equal(ours, torch.copysign(magnitudes, x))
     difference = magnitudes * s[:, None] - x.abs()
     squares = difference * difference
     while squares.shape[1] > 1:
         squares = squares[:, : squares.shape[1] // 2] + squares[:, squares.shape[1] // 2 :]
-    assert torch.equal(errors.cpu(), squares.squeeze(1))
+    return torch.copysign(magnitudes, x), squares.squeeze(1)
+
+
+@on_devices
+def test_the_reciprocal_decides_as_the_division_does(device):
+    x, s = every_number_and_every_scale(4.0)
+    words = x.bfloat16().to(device).view(torch.int32)
+    q = torch.empty_like(words)
+    errors = torch.empty(len(s), device=device)
+    candidate_kernel[(len(s) // 256,)](words, s.to(device), q, errors, 256)
+    nearest, squares = nearest_and_error(x, s)
+    assert torch.equal(q.view(torch.bfloat16).float().cpu(), nearest)
+    assert torch.equal(errors.cpu(), squares)
+
+
+@on_devices
+def test_so_do_the_conversions_of_a_native_candidate(device):
+    """Signs of zeros included, which a native candidate keeps itself."""
+    if device == "cuda" and not launch.target_of(torch.empty(0, device=device)).native:
+        pytest.skip("no FP4 conversions")
+    x, s = every_number_and_every_scale(2.0)
+    codes = torch.empty((len(s), 2), dtype=torch.int32, device=device)
+    errors = torch.empty(len(s), device=device)
+    native_candidate_kernel[(len(s) // 256,)](x.bfloat16().to(device).view(torch.int32), s.to(device), codes, errors, 256)
+    nearest, squares = nearest_and_error(x, s)
+    assert torch.equal(decode_e2m1(unpack(codes.cpu().view(torch.uint8)), torch.float32).view(torch.int32), nearest.view(torch.int32))
+    assert torch.equal(errors.cpu(), squares)
+
+
+def float32_nearest(x: Fraction) -> Fraction:
+    """The float32 number next to x, ties to even: of magnitude 2^-40 or more, or 0."""
+    if x == 0:
+        return x
+    spacing = Fraction(2) ** (math.frexp(float(x))[1] - 24)
+    return round(x / spacing) * spacing
+
+
+def test_the_stretch_is_exact_whatever_the_neighbouring_reciprocal():
+    """`forward_native._stretch` in rational numbers, with reciprocals that are up to four of their last bits away from the nearest one; and
+    what its tie argument says, that v + v * h is a boundary where v / s is."""
+    for s in map(Fraction, every_number_and_every_scale(2.0)[1].unique().tolist()):
+        h = float32_nearest(1 / s - 1)
+        for step in range(-4, 5):
+            r = float32_nearest(1 / s) * (1 + Fraction(step, 2**24))
+            first = float32_nearest((1 - s) * r)
+            assert float32_nearest(float32_nearest(1 - s - s * first) * r + first) == h
+        for boundary in map(Fraction, (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
+            assert float32_nearest(boundary * s * (1 + h)) == boundary
 
 
 # ---------------------------------------------------------------- whole matrices
@@ -95,10 +154,24 @@ def test_equals_the_reference(device, dtype, kind, rule):
 
 
 @on_devices
+@pytest.mark.parametrize("case", ["gauss", "wide", "sparse", "ties", "zero", "huge", "tiny", "nan"])
+def test_the_arithmetic_of_fp4_conversions_changes_nothing(device, case, monkeypatch):
+    if device == "cuda":
+        pytest.skip("a GPU runs the one that suits it")
+    monkeypatch.setattr(launch, "INTERPRETER", launch.Target(0, native=True, permuted=False, processors=1))
+    factor = {"huge": 3e38, "tiny": 1e-37}.get(case, 1.0)
+    x = (matrix(case if case in MATRICES else "wide", (75, 64), torch.float64, device) * factor).clamp(-3e38, 3e38).bfloat16()
+    if case == "nan":
+        x[17, 33] = math.nan
+    for rule in ("four_over_six", "nearest"):
+        assert_equals_the_reference(x, rule)
+
+
+@on_devices
 @pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_several_chunks(device, dtype, monkeypatch):
     """Programs of the second pass that look at chunk after chunk, the last one in part of a block."""
-    monkeypatch.setattr(forward_values, "CHUNK", BLOCK)
+    monkeypatch.setattr(forward, "CHUNK", BLOCK)
     assert_equals_the_reference(matrix("wide", (BLOCK + 21, 48), dtype, device))
 
 
@@ -140,8 +213,8 @@ def test_strides_and_alignment(device, dtype):
 def test_some_blocks_have_subnormal_scales(device, dtype, rule):
     """One group in most stretches of REPAIRED groups is small, by up to 36 binades, so that some need the second pass and others do not."""
     x = matrix("gauss", (40, BLOCK * 16 // 4), dtype, device).view(-1, 16)
-    for stretch in range(len(x) // forward_values.REPAIRED):
-        x[stretch * forward_values.REPAIRED + 37 * stretch % 256] *= 2.0**-stretch
+    for stretch in range(len(x) // forward.REPAIRED):
+        x[stretch * forward.REPAIRED + 37 * stretch % 256] *= 2.0**-stretch
     x = x.view(40, -1)
     _, scales, _ = assert_equals_the_reference(x, rule)
     small = (scales.view(torch.uint8) < 8).sum()
@@ -205,7 +278,7 @@ def test_a_number_that_is_not_finite_makes_everything_nan(device, dtype, columns
     assert g.isnan()
     assert not codes.any()
     assert not scales.view(torch.uint8).any()
-    assert forward_values.quantize_with_values(x)[3].isnan().all()
+    assert forward.quantize_with_values(x, "four_over_six")[3].isnan().all()
 
 
 @on_devices
@@ -216,6 +289,6 @@ def test_empty_matrices(device, shape):
 
 def test_rules_that_do_not_exist():
     with pytest.raises(ValueError, match="no deterministic rule"):
-        forward_values.quantize_with_values(torch.zeros(2, 16), "stochastic")
+        forward.quantize_with_values(torch.zeros(2, 16), "stochastic")
     with pytest.raises(ValueError, match="no deterministic rule"):
-        forward_values.quantize_one_pass(torch.zeros(2, 16), "ms_eden")
+        forward.quantize(torch.zeros(2, 16), "ms_eden")
