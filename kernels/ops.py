@@ -19,7 +19,9 @@ A number that is not finite makes the tensor scale NaN, and with it the whole pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,6 +168,10 @@ def triton_kernels() -> ModuleType:
     return triton_kernels
 
 
+ON_GPU: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""What the operators run on a CUDA device, of those that launch kernels of ours there: all but the products."""
+
+
 def _register(device: str) -> None:
     def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
         check_operand("quantize", x)
@@ -196,6 +202,8 @@ def _register(device: str) -> None:
 
     for name, function in (("quantize", quantize), ("quantize_grad", quantize_grad), ("requantize", requantize), ("matmul", matmul)):
         _library.impl(name, function, device)
+        if device == "CUDA" and name != "matmul":
+            ON_GPU[getattr(torch.ops.quartet, name).default] = function
 
 
 _register("CPU")

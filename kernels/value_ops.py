@@ -214,3 +214,5 @@ for _name, _on_cpu, _on_cuda in (
 ):
     _library.impl(_name, _on_cpu, "CPU")
     _library.impl(_name, _on_cuda, "CUDA")
+    if _name != "matmul_values":
+        ops.ON_GPU[getattr(torch.ops.quartet, _name).default] = _on_cuda

@@ -54,7 +54,7 @@ def target_of(x: Tensor) -> Target:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and _rehearsed is None else nullcontext()
 
 
 def empty_packed(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,16 +28,13 @@ Job = tuple[str, str, tuple[Any, ...], dict[str, Any]]
 
 
 def rehearse(operator: Callable[..., Any], arguments: Iterable[Any]) -> list[Job]:
-    """The launches of an operator's implementation on fake tensors; none where a size is symbolic."""
+    """The launches of an operator's implementation on fake tensors, whose sizes are numbers."""
     with launch.rehearsal() as launches:
         operator(*arguments)
-    jobs = []
-    for kernel, values, options in launches:
-        if any(isinstance(v, torch.SymInt) for v in values):
-            return []
-        types = tuple(v.dtype if isinstance(v, torch.Tensor) else v for v in values)
-        jobs.append((kernel.fn.__module__, kernel.fn.__name__, types, options))
-    return jobs
+    return [
+        (kernel.fn.__module__, kernel.fn.__name__, tuple(v.dtype if isinstance(v, torch.Tensor) else v for v in values), options)
+        for kernel, values, options in launches
+    ]
 
 
 def signature(job: Job) -> tuple[Any, ...]:

@@ -1,0 +1,89 @@
+"""Compiling kernels ahead of their first launch: what a rehearsal finds, and that a worker compiles it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton")
+
+from fake_gpu import fake_gpu
+
+import quartet_compile.backend
+import quartet_compile.kernels.value_ops  # noqa: F401  (registers the operators)
+from quartet_compile import passes
+from quartet_compile.kernels import ops
+from quartet_compile.kernels.triton_kernels import launch, precompile
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+
+quartet = torch.ops.quartet
+
+
+def jobs_of(op: Any, *shapes_and_rest: Any, dtype: torch.dtype = torch.bfloat16) -> list[precompile.Job]:
+    """What a call launches, on a GPU that is not there. Tuples are shapes of tensors."""
+    with fake_gpu(90), FakeTensorMode():
+        arguments = [torch.empty(a, dtype=dtype, device="cuda") if isinstance(a, tuple) else a for a in shapes_and_rest]
+        return precompile.rehearse(ops.ON_GPU[op], arguments)
+
+
+def test_a_rehearsal_notes_the_launches_of_an_operator() -> None:
+    jobs = jobs_of(quartet.quantize_with_values.default, (256, 512), "four_over_six")
+    assert [name for _, name, _, _ in jobs] == ["round_words_kernel", "align_scales_kernel"]
+    module, _, types, options = jobs[0]
+    assert module == "quartet_compile.kernels.triton_kernels.forward_words"
+    assert types[:4] == (torch.int32, torch.int32, torch.uint8, torch.int32)  # x, codes, scales, values
+    assert options["VALUES"] is True
+    assert options["num_warps"] == 8
+
+
+def test_float32_is_another_kernel() -> None:
+    jobs = jobs_of(quartet.quantize_with_values.default, (256, 512), "four_over_six", dtype=torch.float32)
+    assert jobs[0][1] == "round_any_kernel"
+
+
+def test_launches_that_share_a_binary_have_one_signature() -> None:
+    few, many, odd = (
+        jobs_of(quartet.quantize_with_values.default, (rows, columns), "four_over_six") for rows, columns in ((256, 512), (512, 1024), (7, 48))
+    )
+    assert [*map(precompile.signature, few)] == [*map(precompile.signature, many)]
+    assert precompile.signature(few[0]) != precompile.signature(odd[0])  # 21 groups: no multiple of 16
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_symbolic_sizes_are_left_to_the_first_launch(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They must not be turned into numbers: that would compile the graph anew for each of them."""
+    found: list[int] = []
+    monkeypatch.setattr(passes.precompile, "submit", lambda nodes: found.append(len(nodes)) or 0)
+    monkeypatch.setattr(passes.precompile, "_device", lambda node: torch.device("cuda"))
+    model = torch.compile(torch.nn.Linear(128, 128), backend="quartet", dynamic=dynamic)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        model(torch.randn(64, 128))
+    assert found == ([1] if dynamic else [2])  # the weight alone, or the input, too
+
+
+def test_a_worker_fills_the_cache_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    job = jobs_of(quartet.quantize_with_values.default, (256, 512), "four_over_six")[0]
+    precompile.compile_in_worker(job, 90, {"TRITON_CACHE_DIR": str(tmp_path)})
+    assert [path.name for path in tmp_path.rglob("*.cubin")] == ["round_words_kernel.cubin"]
+
+
+def test_a_failure_leaves_the_kernel_to_its_first_launch(caplog: pytest.LogCaptureFixture) -> None:
+    from concurrent.futures import Future
+
+    future: Future[None] = Future()
+    future.set_exception(RuntimeError("no such GPU"))
+    launch.pending.append(future)
+    calls: list[Any] = []
+    with caplog.at_level("DEBUG", "quartet_compile"):
+        launch.launch({(3,): lambda *args, **options: calls.append((args, options))}, 3, "x", BLOCK=1)
+    assert calls == [(("x",), {"BLOCK": 1})]
+    assert "no such GPU" in caplog.text
+    assert not launch.pending
