@@ -46,6 +46,9 @@ class _Driver:
     def get_current_device(self) -> int:
         return 0
 
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
     def get_device_interface(self) -> Any:
         return torch.cuda
 

@@ -60,7 +60,9 @@ def only_template(kernels: list[Generated]) -> Generated:
 
 def check_binary(binary: Any, capability: int, folder: Any, native: bool) -> None:
     assert binary.metadata.shared <= SHARED_MEMORY[capability]
-    assert stack_bytes(binary, folder) in (0, None)  # None: cuobjdump of Triton 3.6 reads no binaries of Blackwell
+    # None: cuobjdump of an older Triton cannot read the binary. 8: its ptxas zeroes 8 bytes of stack beside each descriptor on sm_120, and
+    # never reads them.
+    assert stack_bytes(binary, folder) in ((0, 8, None) if capability == 120 else (0, None))
     ptx = binary.asm["ptx"]
     assert re.search(rf"{re.escape(TENSOR_CORES[capability])}\S*kind::mxf4nvf4" if native else re.escape(TENSOR_CORES[capability]), ptx)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,40 @@ def test_a_worker_fills_the_cache_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
     job = jobs_of(quartet.quantize_with_values.default, (256, 512), "four_over_six")[0]
     precompile.compile_in_worker(job, 90, {"TRITON_CACHE_DIR": str(tmp_path)})
     assert [path.name for path in tmp_path.rglob("*.cubin")] == ["round_words_kernel.cubin"]
+
+
+PARENT = """
+import time, torch, triton
+from test_precompile import jobs_of, quartet
+from fake_gpu import fake_gpu
+from torch._inductor.async_compile import AsyncCompile
+from quartet_compile.kernels.triton_kernels import precompile
+
+if __name__ == "__main__":
+    jobs = jobs_of(quartet.quantize_with_values.default, (256, 512), "four_over_six")
+    for _ in range(240):
+        if AsyncCompile.use_process_pool():
+            break
+        time.sleep(0.5)
+    with fake_gpu(90):
+        futures = precompile.submit(jobs, torch.device("cuda", 0))
+        print(len(futures), "submitted", [future.exception(timeout=120) for future in futures])
+        triton.knobs.compilation.listener = lambda *, src, cache_hit, **rest: print(src.fn.__name__, "found" if cache_hit else "compiled")
+        for module, name, values, options in jobs:
+            precompile._kernel(module, name).warmup(*values, grid=(1,), **options)
+"""
+
+
+@pytest.mark.slow
+def test_a_launch_finds_what_a_worker_compiled(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(PARENT)
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {
+        "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "2", "TRITON_INTERPRET": "0",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, str(tmp_path / "parent.py")], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == ["2 submitted [None, None]", "round_words_kernel found", "align_scales_kernel found"]
 
 
 def test_a_failure_leaves_the_kernel_to_its_first_launch(caplog: pytest.LogCaptureFixture) -> None:

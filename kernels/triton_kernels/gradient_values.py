@@ -97,39 +97,45 @@ def gradient_again_kernel(
     row_index, column_index, rank, scale, rows, columns, row_stride, column_stride, tiles, programs,
     ROW: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles that need the tensor scale, now that it is known. A program looks at TILES of them.
+    """The tiles that need the tensor scale, now that it is known: a program looks at TILES of them, then at others, as many as there are.
 
-    Both orientations are the same code with the sides of x exchanged: where both are asked for, the upper half of the programs turns them.
+    Both orientations are the same code with the sides of x exchanged: where both are asked for, the second half of the checks turns them.
     """
     HEIGHT: tl.constexpr = ROWS if ROW else COLUMNS
     tl.static_assert(not (ROW and COLUMN) or ROWS == COLUMNS)
+    row_bits = largest_peak(row_program_peaks, programs if ROW else 0)
+    column_bits = largest_peak(column_program_peaks, programs if COLUMN else 0)
     checks = tl.cdiv(tiles, TILES)
-    turned = tl.program_id(0) >= (checks if ROW else 0)
-    first = tl.program_id(0) % checks * TILES
-    out, program_peaks, exponents, index = row_out, row_program_peaks, row_exponents, row_index
-    if turned:
-        out, program_peaks, exponents, index = column_out, column_program_peaks, column_exponents, column_index
-        rows, columns = columns, rows
-        row_stride, column_stride = column_stride, row_stride
-    bits = largest_peak(program_peaks, programs)
-    if any_tile_needs_exact(exponents, first, tiles, bits, 1.0, HEIGHT, TILES):
-        blocks = tl.cdiv(columns, 128)
-        strips = tl.cdiv(rows, HEIGHT)
-        rotation = load_rotation(rotations, index, x.dtype.element_ty)
-        seed = seed_of_rank(seeds, index, rank)
-        i = tl.arange(0, HEIGHT)
-        for tile in range(first, tl.minimum(first + TILES, tiles)):
-            if tile_needs_exact(exponents, tile, bits, 1.0, HEIGHT):
-                # Tiles of x were counted along its rows first.
-                block = tl.where(turned, tile // strips, tile % blocks)
-                first_row = tl.where(turned, tile % strips, tile // blocks) * HEIGHT
-                values = _load_tile(x, first_row, block * 128, rows, columns, row_stride, column_stride, HEIGHT, 128)
-                values = exact_values(rotate(values, rotation, True), bits, seed, first_row + i, block, scale, STREAM_GRADIENT)
-                store_values(values, out, first_row, i, rows, block, blocks)
+    for check in range(tl.program_id(0), checks * (2 if ROW and COLUMN else 1), tl.num_programs(0)):
+        turned = check >= (checks if ROW else 0)
+        first = check % checks * TILES
+        exponents = row_exponents
+        if turned:
+            exponents = column_exponents
+        bits = tl.where(turned, column_bits, row_bits)
+        if any_tile_needs_exact(exponents, first, tiles, bits, 1.0, HEIGHT, TILES):
+            out, index = row_out, row_index
+            down, across, down_stride, across_stride = rows, columns, row_stride, column_stride
+            if turned:
+                out, index = column_out, column_index
+                down, across, down_stride, across_stride = columns, rows, column_stride, row_stride
+            blocks = tl.cdiv(across, 128)
+            strips = tl.cdiv(down, HEIGHT)
+            rotation = load_rotation(rotations, index, x.dtype.element_ty)
+            seed = seed_of_rank(seeds, index, rank)
+            i = tl.arange(0, HEIGHT)
+            for tile in range(first, tl.minimum(first + TILES, tiles)):
+                if tile_needs_exact(exponents, tile, bits, 1.0, HEIGHT):
+                    # Tiles of x were counted along its rows first.
+                    block = tl.where(turned, tile // strips, tile % blocks)
+                    first_row = tl.where(turned, tile % strips, tile // blocks) * HEIGHT
+                    values = _load_tile(x, first_row, block * 128, down, across, down_stride, across_stride, HEIGHT, 128)
+                    values = exact_values(rotate(values, rotation, True), bits, seed, first_row + i, block, scale, STREAM_GRADIENT)
+                    store_values(values, out, first_row, i, down, block, blocks)
 
 
-TILES_A_CHECK = 4
-"""Tiles that a program of the second launch is responsible for."""
+TILES_A_CHECK = 16
+"""Tiles that a program of the second launch looks at together."""
 
 
 @dataclass(frozen=True)
@@ -191,13 +197,13 @@ def grad_values(
     row_peaks, row_exponents = new_flags(e, programs, tiles, tile.rows)
     column_peaks, column_exponents = new_flags(e, programs, tiles, tile.columns)
     arguments = (
-        e, rotations, e if row_out is None else row_out, e if column_out is None else column_out,
+        e, rotations, column_out if row_out is None else row_out, row_out if column_out is None else column_out,
         row_peaks, column_peaks, row_exponents, column_exponents, seeds,
         0 if index is None else index, 0 if transposed_index is None else transposed_index, rank, scale, rows, columns, *e.stride(), tiles,
     )  # fmt: skip
     forms = {**asked, "ROWS": tile.rows, "COLUMNS": tile.columns}
     with on_device_of(e):
         launch(gradient_values_kernel, programs, *arguments, **forms, STAGES=tile.stages, **tile.options, **FUSED)
-        checks = sum(asked.values()) * triton.cdiv(tiles, TILES_A_CHECK)
+        checks = min(sum(asked.values()) * triton.cdiv(tiles, TILES_A_CHECK), 2 * target.processors)
         launch(gradient_again_kernel, checks, *arguments, programs, **forms, TILES=TILES_A_CHECK, num_warps=8, **EXACT)
     return row_out, column_out

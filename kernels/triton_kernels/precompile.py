@@ -12,8 +12,9 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,7 +61,13 @@ def submit(jobs: Iterable[Job], device: torch.device) -> list[Future[None]]:
         return []
     pool = AsyncCompile.process_pool()
     index = device.index or 0
-    environment = {"TRITON_CACHE_DIR": triton_cache_dir(index)}
+    # Inductor gives its workers another ptxas than Triton takes by itself, and a binary is known by the one that made it.
+    tools = triton.knobs.nvidia
+    environment = {
+        "TRITON_CACHE_DIR": triton_cache_dir(index),
+        "TRITON_PTXAS_PATH": tools.ptxas.path,
+        "TRITON_PTXAS_BLACKWELL_PATH": tools.ptxas_blackwell.path,
+    }
     capability = launch.device_target(torch.device("cuda", index)).capability
     futures = [pool.submit(compile_in_worker, job, capability, environment) for job in jobs]
     launch.pending.extend(futures)
@@ -89,16 +96,38 @@ class _Target:
 
 
 def compile_in_worker(job: Job, capability: int, environment: dict[str, str]) -> None:
-    """Compile one kernel into Triton's cache on disk."""
+    """Compile one kernel into Triton's cache on disk, with Triton's environment variables as they are where it will be launched."""
     module, name, values, options = job
-    os.environ.update(environment)
-    driver = triton.runtime.driver
-    before = driver._active
-    driver.set_active(_Target(capability))
-    try:
+    with _environment(environment), _driver(_Target(capability)):
         _kernel(module, name).warmup(*values, grid=(1,), **options)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    get_ptxas_version.cache_clear()
+    try:
+        yield
     finally:
-        driver._active = before
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+        get_ptxas_version.cache_clear()
+
+
+@contextmanager
+def _driver(driver: Any) -> Iterator[None]:
+    drivers = triton.runtime.driver
+    before = drivers._active
+    drivers.set_active(driver)
+    try:
+        yield
+    finally:
+        drivers._active = before
 
 
 def _kernel(module: str, name: str) -> Any:

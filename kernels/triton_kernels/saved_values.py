@@ -147,23 +147,24 @@ def saved_again_kernel(
     codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, tiles, programs,
     COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of `saved_values_kernel` that need the tensor scale, now that it is known."""
+    """The tiles of `saved_values_kernel` that need the tensor scale, now that it is known. A program looks at TILES of them, then at others."""
     bits = largest_peak(program_peaks, programs)
     g = tl.load(incoming)
-    first = tl.program_id(0) * TILES
-    if any_tile_needs_exact(exponents, first, tiles, bits, g, COLUMNS, TILES):
-        strips = tl.cdiv(columns, COLUMNS)
-        matrix = load_rotation(rotations, index, tl.bfloat16)
-        seed = seed_of_rank(seeds, index, rank)
-        i = _column_order(COLUMNS)
-        for tile in range(first, tl.minimum(first + TILES, tiles)):
-            if tile_needs_exact(exponents, tile, bits, g, COLUMNS):
-                block = tile // strips
-                strip = tile % strips
-                words, bytes_ = _load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS)
-                rotated = rotate(tl.trans(_unpack(words, bytes_, COLUMNS)), matrix, True) * _UNIT
-                values = exact_values(rotated, bits, seed, strip * COLUMNS + i, block, g, STREAM_SAVED)
-                store_values(values, out, strip * COLUMNS, i, columns, block, tl.cdiv(length, 128))
+    for check in range(tl.program_id(0), tl.cdiv(tiles, TILES), tl.num_programs(0)):
+        first = check * TILES
+        if any_tile_needs_exact(exponents, first, tiles, bits, g, COLUMNS, TILES):
+            strips = tl.cdiv(columns, COLUMNS)
+            matrix = load_rotation(rotations, index, tl.bfloat16)
+            seed = seed_of_rank(seeds, index, rank)
+            i = _column_order(COLUMNS)
+            for tile in range(first, tl.minimum(first + TILES, tiles)):
+                if tile_needs_exact(exponents, tile, bits, g, COLUMNS):
+                    block = tile // strips
+                    strip = tile % strips
+                    words, bytes_ = _load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS)
+                    rotated = rotate(tl.trans(_unpack(words, bytes_, COLUMNS)), matrix, True) * _UNIT
+                    values = exact_values(rotated, bits, seed, strip * COLUMNS + i, block, g, STREAM_SAVED)
+                    store_values(values, out, strip * COLUMNS, i, columns, block, tl.cdiv(length, 128))
 
 
 TILE_COLUMNS = 64
@@ -173,8 +174,8 @@ CHUNK = 8
 OPTIONS = {"num_warps": 4}
 """Launch options of `saved_values_kernel`."""
 
-TILES_A_CHECK = 4
-"""Tiles that a program of the second launch is responsible for."""
+TILES_A_CHECK = 32
+"""Tiles that a program of the second launch looks at together."""
 
 
 def requantize_values(
@@ -201,6 +202,9 @@ def requantize_values(
     )  # fmt: skip
     with on_device_of(codes):
         launch(saved_values_kernel, programs, *arguments, chunk, COLUMNS=TILE_COLUMNS, **OPTIONS, **FUSED)
-        checks, sizes = triton.cdiv(blocks * strips, TILES_A_CHECK), (blocks * strips, programs)
-        launch(saved_again_kernel, checks, *arguments, *sizes, COLUMNS=TILE_COLUMNS, TILES=TILES_A_CHECK, num_warps=8, **EXACT)
+        tiles = blocks * strips
+        checks = min(triton.cdiv(tiles, TILES_A_CHECK), 2 * target.processors)
+        launch(
+            saved_again_kernel, checks, *arguments, tiles, programs, COLUMNS=TILE_COLUMNS, TILES=TILES_A_CHECK, num_warps=8, **EXACT
+        )  # fmt: skip
     return out
