@@ -151,16 +151,16 @@ class Tile:
 
 def tile_for(capability: int, dtype: torch.dtype, row: bool, column: bool) -> Tile:
     """The tile of `gradient_codes_kernel`: such as compiles without spilling. Both orientations only where `both_at_once` says so."""
-    major = capability // 10
+    major, single = capability // 10, dtype == torch.float32
     if row and column:
         return Tile(128, 128, *((1, 3, {"num_warps": 8}) if major < 10 else (2, 1, {"num_warps": 4})))
     if major == 10:
-        # A thread has a row of the accumulator.
-        short, tile = 128, (2, 2, {"num_warps": 4})
-    elif major == 9:
-        short, tile = (16, (2, 1, {"num_warps": 8})) if dtype == torch.float32 else (64, (2, 3, {"num_warps": 4}))
+        # A thread has a row of the accumulator, or half of one.
+        short, tile = 128, ((1, 1, {"num_warps": 8}) if single else (2, 2, {"num_warps": 4}))
+    elif major == 9 and not single:
+        short, tile = 64, (2, 3, {"num_warps": 4})
     else:
-        short, tile = 16, (4, 1, {"num_warps": 4})
+        short, tile = 16, ((2, 1, {"num_warps": 8}) if single else (4, 1, {"num_warps": 4}))
     return Tile(short if row else 128, 128 if row else short, *tile)
 
 
@@ -222,11 +222,11 @@ def _launch(
     with on_device_of(e):
         gradient_codes_kernel[(programs,)](
             e, *sides, seeds, index, transposed_index, rank, rows, columns, row_stride, column_stride, tiles,
-            **asked, **target.forms(), ROWS=tile.rows, COLUMNS=tile.columns, STAGES=tile.stages, **tile.options, **FUSED,
+            **asked, **target.forms(e.dtype), ROWS=tile.rows, COLUMNS=tile.columns, STAGES=tile.stages, **tile.options, **FUSED,
         )  # fmt: skip
         for arguments, constants in launches:
             grid = (triton.cdiv(tiles, constants["TILES"]),)
-            align_gradient_kernel[grid](*arguments, **target.forms(), **constants, **ALIGN_OPTIONS, **EXACT)
+            align_gradient_kernel[grid](*arguments, **target.forms(e.dtype), **constants, **ALIGN_OPTIONS, **EXACT)
 
 
 def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, rank: int) -> Packed:

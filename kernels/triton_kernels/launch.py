@@ -28,9 +28,10 @@ class Target:
     whole: bool
     processors: int
 
-    def forms(self) -> dict[str, bool]:
-        """Constants of the kernels that rotate."""
-        return {"PERMUTED": self.permuted, "NATIVE": self.native, "WHOLE": self.whole}
+    def forms(self, dtype: torch.dtype) -> dict[str, bool]:
+        """Constants of the kernels that rotate numbers of `dtype` into codes. On sm_90 float32 takes mma.sync: tiles for wgmma spill."""
+        whole = self.whole and not (self.capability == 90 and dtype == torch.float32)
+        return {"PERMUTED": self.permuted, "NATIVE": self.native, "WHOLE": whole}
 
 
 def target_for(capability: int, processors: int) -> Target:

@@ -119,7 +119,7 @@ def requantize(
         codes.view(torch.int32), scales.view(torch.uint8), out_codes.view(torch.int32), out_scales.view(torch.uint8), exponents, peaks,
         seeds, index, rank, length, columns, groups_per_row,
     )  # fmt: skip
-    forms = {**target.forms(), "COLUMNS": tile_columns}
+    forms = {**target.forms(torch.bfloat16), "COLUMNS": tile_columns}
     with on_device_of(codes):
         saved_codes_kernel[(programs,)](*arguments, **forms, CHUNK=chunk, **options, **FUSED)
         align_saved_kernel[(triton.cdiv(tiles, ALIGNED_TILES),)](
