@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from offline import Case, cases, compiled
 from sass import Count, count, disassemble
 
-from quartet_compile.kernels.triton_kernels import forward
+from quartet_compile.kernels.triton_kernels import eden_codes, forward, gradient_values, rotation, saved_values
+from quartet_compile.kernels.triton_kernels.gradient_codes import both_at_once
 
-BF16, CODE, SCALE, PROVISIONAL = 2.0, 1 / 2, 1 / 16, 4 / 16
-"""Bytes an element: its own, its code, its share of its group's E4M3 scale, and of the float32 scale before alignment."""
+BF16, CODE, SCALE, PROVISIONAL = 2.0, 1 / 2, 1 / 16, 1 / 16 + 1 / 128
+"""Bytes an element: its own, its code, its share of its group's E4M3 scale, and of what stands for it before alignment."""
 
 ROTATION_FLOPS = 2 * 128
 """BF16 tensor-core operations an element: a product with a Hadamard matrix of 128."""
@@ -45,10 +47,28 @@ def _groups(constants: Constants) -> int:
     return constants["BLOCK"] * 16
 
 
-GRADIENT = Pass("gradient", lambda c: c["ROWS"] * 128, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
-TRANSPOSED = Pass("gradient_transposed", lambda c: c["ROWS"] * 128, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
-SAVED = Pass("saved", lambda c: c["COLUMNS"] * 128, CODE + SCALE + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
-ALIGN = Pass("align_scales", _groups, PROVISIONAL + SCALE)
+def _rows(constants: Constants) -> int:
+    return constants["ROWS"] * 128
+
+
+def _columns(constants: Constants) -> int:
+    return constants["COLUMNS"] * 128
+
+
+def _aligned(sides: Callable[[Constants], int]) -> Callable[[Constants], int]:
+    return lambda constants: constants["TILES"] * sides(constants)
+
+
+REPAIR = (eden_codes.exact_codes, rotation.rotate, rotation.signed_hadamard, saved_values.load_packed, gradient_values.load_tile)
+"""What an aligning launch does with tiles whose scales may be subnormal numbers."""
+
+GRADIENT = Pass("gradient", _rows, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
+TRANSPOSED = Pass("gradient_transposed", _columns, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
+BOTH = Pass("gradient_both", _rows, BF16 + 2 * (CODE + PROVISIONAL), 2 * ROTATION_FLOPS, programs=2)
+SAVED = Pass("saved", _columns, CODE + SCALE + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
+ALIGN = Pass("align_gradient", _aligned(_rows), PROVISIONAL + SCALE, rare=REPAIR)
+ALIGN_TRANSPOSED = Pass("align_gradient_transposed", _aligned(_rows), PROVISIONAL + SCALE, rare=REPAIR)
+ALIGN_SAVED = Pass("align_saved", _aligned(_columns), PROVISIONAL + SCALE, rare=REPAIR)
 SWIZZLE = Pass("swizzle", None, 2 * SCALE)
 """The scales in the order that tensor cores read (`passes.swizzle`): pointwise code by Inductor."""
 
@@ -58,13 +78,10 @@ FORWARD = (
 )
 """Launches of ``quantize``, for x and for w."""
 
-BACKWARD: Mapping[str, tuple[str, tuple[Pass, ...]]] = {
-    "quantize_grad e": ("e", (GRADIENT, ALIGN, SWIZZLE)),
-    "requantize w": ("w", (SAVED, ALIGN, SWIZZLE)),
-    "quantize_grad e^T": ("e", (TRANSPOSED, ALIGN, SWIZZLE)),
-    "requantize x": ("x", (SAVED, ALIGN, SWIZZLE)),
-}
-"""Operator -> the operand that it reads, x [tokens, in], w [out, in] or e [tokens, out], and its launches."""
+REQUANTIZE = {operand: (SAVED, ALIGN_SAVED, SWIZZLE) for operand in ("w", "x")}
+ONE_READ = (BOTH, ALIGN, SWIZZLE, ALIGN_TRANSPOSED, SWIZZLE)
+TWO_READS = (GRADIENT, ALIGN, SWIZZLE, TRANSPOSED, ALIGN_TRANSPOSED, SWIZZLE)
+"""Launches for both orientations of a gradient: from one read where tensor cores read what they rotate in shared memory or their own."""
 
 PRODUCT = "product_swizzled_0"
 """The case of the FP4 product: a program makes a tile of the output, in a loop over K. The tile that is taken without autotuning."""
@@ -82,15 +99,16 @@ class Compiled:
         return 32 * self.case.options["num_warps"]
 
 
-def quantizers() -> dict[str, tuple[str, tuple[Pass, ...]]]:
-    """All operators but the products, in order."""
-    return {f"quantize {operand}": (operand, (*FORWARD, SWIZZLE)) for operand in "xw"} | dict(BACKWARD)
+def quantizers(capability: int) -> list[tuple[str, tuple[Pass, ...]]]:
+    """The operators but the products, in order: the operand that each reads, x [tokens, in], w [out, in] or e [tokens, out], its launches."""
+    gradient = ONE_READ if both_at_once(capability, torch.bfloat16) else TWO_READS
+    return [*((operand, (*FORWARD, SWIZZLE)) for operand in "xw"), ("e", gradient), *REQUANTIZE.items()]
 
 
 def read(capability: int) -> dict[str, Compiled]:
     """Every kernel that is launched, compiled for a compute capability and bfloat16 operands. Case name -> counts."""
     known = cases(capability, "bf16")
-    launches = [launch for _, launches in quantizers().values() for launch in launches if launch.tile]
+    launches = [launch for _, launches in quantizers(capability) for launch in launches if launch.tile]
     rare = {launch.case: launch.rare for launch in launches} | {PRODUCT: ()}
     return {
         name: Compiled(known[name], count(disassemble(compiled(known[name], capability).asm["cubin"]), functions))

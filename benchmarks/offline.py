@@ -16,15 +16,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quartet_compile.kernels.triton_kernels import (
-    backward,
     dequantize,
     forward,
     forward_groups,
     forward_words,
-    ms_eden,
+    gradient_codes,
     packed_product,
+    saved_codes,
 )
-from quartet_compile.kernels.triton_kernels.launch import EXACT, target_for
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, target_for
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -47,41 +47,9 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
     """The kernels behind the operators on packed matrices, for a compute capability and the operand's dtype: "bf16", "fp16" or "fp32"."""
     target = target_for(capability, processors=1)
     forms = {"NATIVE": target.native}
-    operand = {
-        "codes": "*u8", "provisional": "*fp32", "peak_bits": "*i32", "seeds": "*i64", "index": "i32", "rank": "i32",
-        "columns": "i32!", "blocks": "i32", "tiles": "i32",
-    }  # fmt: skip
-    tile_rows, tile_options = backward.gradient_tile(capability, TORCH_DTYPES[dtype])
-    gradient = {"ROWS": tile_rows, "PERMUTED": target.permuted, **forms}
-    saved_columns, saved_options = backward.SAVED_TILE
     found = {
         **forward_cases(capability, dtype),
-        "gradient": Case(
-            backward.gradient_kernel,
-            {**operand, "x": f"*{dtype}", "rows": "i32!", "row_stride": "i32!"},
-            {"column_stride": 1, **gradient},
-            tile_options,
-        ),
-        "gradient_transposed": Case(
-            backward.gradient_kernel,
-            {**operand, "x": f"*{dtype}", "rows": "i32!", "column_stride": "i32!"},
-            {"row_stride": 1, **gradient},
-            tile_options,
-        ),
-        "saved": Case(
-            backward.saved_kernel,
-            {**operand, "saved_codes": "*u8", "saved_scales": "*u8", "length": "i32!", "groups_per_row": "i32!"},
-            {"COLUMNS": saved_columns, "PERMUTED": target.permuted, **forms},
-            saved_options,
-        ),
-        "align_scales": Case(
-            ms_eden.align_scales_kernel,
-            {
-                **{name: operand[name] for name in ("provisional", "peak_bits", "codes", "seeds", "index", "rank")},
-                "incoming": "*fp32", "scales": "*u8", "out_tensor_scale": "*fp32", "groups": "i32!", "groups_per_row": "i32",
-            },
-            {"STREAM": 2, "INCOMING": True, "BLOCK": 512},
-        ),
+        **backward_cases(capability, dtype),
         "dequantize": Case(
             dequantize.dequantize_kernel,
             {
@@ -108,6 +76,55 @@ def product_types() -> dict[str, str]:
     """Both operands of a product."""
     packed = {"codes": "*u8", "scales": "*fp8e4nv", "tensor_scale": "*fp32"}
     return {f"{side}_{part}": kind for side in "ab" for part, kind in packed.items()}
+
+
+def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
+    """Both launches of `gradient_codes`, in one orientation and in both, and of `saved_codes`."""
+    target = target_for(capability, processors=1)
+    forms = target.forms(TORCH_DTYPES[dtype])
+    packed = {"codes": "*i32", "scales": "*u8", "exponents": "*u8", "peaks": "*i32"}
+    saved = {
+        **packed, "saved_codes": "*i32", "saved_scales": "*u8", "seeds": "*i64", "index": "i32", "rank": "i32",
+        "length": "i32!", "columns": "i32!", "groups_per_row": "i32!",
+    }  # fmt: skip
+    columns, options = saved_codes.saved_tile(capability)
+    saved_forms = {**forms, "COLUMNS": columns}
+    found = {
+        "saved": Case(saved_codes.saved_codes_kernel, {**saved, "chunk": "i32"}, saved_forms, {**options, **FUSED}, exact=False),
+        "align_saved": Case(
+            saved_codes.align_saved_kernel,
+            {**saved, "incoming": "*fp32", "out_tensor_scale": "*fp32", "tiles": "i32", "programs": "i32"},
+            {**saved_forms, "TILES": saved_codes.ALIGNED_TILES},
+            saved_codes.ALIGN_OPTIONS,
+        ),
+    }
+    gradient = {
+        **{f"{side}_{name}": kind for side in ("row", "column") for name, kind in packed.items()},
+        "x": f"*{dtype}", "seeds": "*i64", "row_index": "i32", "column_index": "i32", "rank": "i32",
+        "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "tiles": "i32",
+    }  # fmt: skip
+    aligned = {
+        **packed, "operand": f"*{dtype}", "out_tensor_scale": "*fp32", "seeds": "*i64", "index": "i32", "rank": "i32",
+        "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "column_stride": "i32!", "tiles": "i32", "programs": "i32",
+    }  # fmt: skip
+    for name, row, column in (("", True, False), ("_transposed", False, True), ("_both", True, True)):
+        if row and column and not gradient_codes.both_at_once(capability, TORCH_DTYPES[dtype]):
+            continue
+        tile = gradient_codes.tile_for(capability, TORCH_DTYPES[dtype], row, column)
+        sides = {**forms, "column_stride": 1, "ROW": row, "COLUMN": column, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        found[f"gradient{name}"] = Case(
+            gradient_codes.gradient_codes_kernel, gradient, {**sides, "STAGES": tile.stages}, {**tile.options, **FUSED}, exact=False
+        )
+        if row and column:
+            continue  # aligned one after the other
+        tile_rows, stride = (tile.rows, "column_stride") if row else (tile.columns, "row_stride")
+        found[f"align_gradient{name}"] = Case(
+            gradient_codes.align_gradient_kernel,
+            {name: kind for name, kind in aligned.items() if name != stride},
+            {**forms, stride: 1, "ROWS": tile_rows, "BLOCKS_FIRST": row, "TILES": gradient_codes.aligned_tiles(tile_rows)},
+            gradient_codes.ALIGN_OPTIONS,
+        )
+    return found
 
 
 def forward_cases(capability: int, dtype: str) -> dict[str, Case]:

@@ -113,7 +113,7 @@ def nvfp4_costs(
     """Every launch of one linear, forward and backward."""
     elements = {"x": tokens * inputs, "w": outputs * inputs, "e": tokens * outputs}
     costs = []
-    for operand, launches in quantizers().values():
+    for operand, launches in quantizers(gpu.capability):
         costs += [pass_cost(launch, kernels, elements[operand], gpu, reached) for launch in launches]
     return costs + [product_cost(kernels[PRODUCT], *shape, gpu, reached) for shape in products(tokens, inputs, outputs)]
 

@@ -7,6 +7,8 @@ float8_e4m3fn, tensor_scale float32 [].
     x [M, K] -> [M, ceil(K/16)*16] packed. Deterministic rules.
 ``quantize_grad(e, seeds, index, rule, transpose)``
     e [M, N] -> [M, ceil(N/128)*128] packed, rotated along N; with transpose, [N, ceil(M/128)*128], rotated along M.
+``quantize_grad_both(e, seeds, index, transposed_index, rule)``
+    Both of them, e read once: the packed matrix rotated along N by `index`, then the transposed one by `transposed_index`.
 ``requantize(codes, scales, tensor_scale, columns, seeds, index, rule)``
     packed [M, columns] -> [columns, ceil(M/128)*128] packed: the transposed operand, rotated along M.
 ``matmul(a..., b..., bias, scale, out_dtype)``
@@ -36,6 +38,11 @@ _library = torch.library.Library("quartet", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _library.define("quantize(Tensor x, str rule) -> (Tensor, Tensor, Tensor)", tags=_tags)
 _library.define("quantize_grad(Tensor e, Tensor seeds, int index, str rule, bool transpose) -> (Tensor, Tensor, Tensor)", tags=_tags)
+_library.define(
+    "quantize_grad_both(Tensor e, Tensor seeds, int index, int transposed_index, str rule)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_tags,
+)
 _library.define(
     "requantize(Tensor codes, Tensor scales, Tensor tensor_scale, SymInt columns, Tensor seeds, int index, str rule)"
     " -> (Tensor, Tensor, Tensor)",
@@ -119,6 +126,13 @@ def _quantize_grad_fake(e: Tensor, seeds: Tensor, index: int, rule: str, transpo
     return _packed_like(e, rows, ceil_to(columns, ROTATION))
 
 
+@torch.library.register_fake("quartet::quantize_grad_both", lib=_library)
+def _quantize_grad_both_fake(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str) -> tuple[Tensor, ...]:
+    check_operand("quantize_grad_both", e)
+    check_rule("quantize_grad_both", rule, BACKWARD_RULES)
+    return *_packed_like(e, e.shape[0], ceil_to(e.shape[1], ROTATION)), *_packed_like(e, e.shape[1], ceil_to(e.shape[0], ROTATION))
+
+
 @torch.library.register_fake("quartet::requantize", lib=_library)
 def _requantize_fake(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
@@ -183,6 +197,11 @@ def _register(device: str) -> None:
         check_rule("quantize_grad", rule, BACKWARD_RULES)
         return _implementation(device).quantize_grad(e, seeds, index, rule, transpose, rank())
 
+    def quantize_grad_both(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str) -> tuple[Tensor, ...]:
+        check_operand("quantize_grad_both", e)
+        check_rule("quantize_grad_both", rule, BACKWARD_RULES)
+        return _implementation(device).quantize_grad_both(e, seeds, index, transposed_index, rule, rank())
+
     def requantize(
         codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,10 +219,10 @@ def _register(device: str) -> None:
         check_product("matmul", _shape(a_codes), _shape(b_codes), bias, out_dtype)
         return _implementation(device).matmul(a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype)
 
-    for name, function in (("quantize", quantize), ("quantize_grad", quantize_grad), ("requantize", requantize), ("matmul", matmul)):
-        _library.impl(name, function, device)
-        if device == "CUDA" and name != "matmul":
-            ON_GPU[getattr(torch.ops.quartet, name).default] = function
+    for function in (quantize, quantize_grad, quantize_grad_both, requantize, matmul):
+        _library.impl(function.__name__, function, device)
+        if device == "CUDA" and function is not matmul:
+            ON_GPU[getattr(torch.ops.quartet, function.__name__).default] = function
 
 
 _register("CPU")

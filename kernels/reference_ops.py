@@ -1,4 +1,4 @@
-"""The four operators in terms of the reference rules: what every device's implementation must equal.
+"""The operators in terms of the reference rules: what every device's implementation must equal.
 
 Plain PyTorch on any device. The CPU uses it where no C++ compiler is found; tests compare the C++ and the Triton kernels with it.
 Arguments and results are those of the operators in `ops`.
@@ -30,6 +30,11 @@ def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bo
     seed = philox.seed_for_rank(int(seeds[index]), rank)
     operand = e.t() if transpose else e
     return _rotate_and_round(operand.float(), seed, philox.STREAM_GRADIENT)
+
+
+def quantize_grad_both(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, rank: int) -> tuple[Tensor, ...]:
+    """`quantize_grad` along N by rotation `index`, then along M by `transposed_index`: six tensors."""
+    return *quantize_grad(e, seeds, index, rule, False, rank), *quantize_grad(e, seeds, transposed_index, rule, True, rank)
 
 
 def requantize(

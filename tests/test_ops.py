@@ -24,6 +24,8 @@ SEEDS = torch.tensor([1, 2, 3])
         (lambda: quartet.quantize(torch.randn(32), "four_over_six"), ValueError, "expected a matrix"),
         (lambda: quartet.quantize(torch.randn(4, 32), "five"), ValueError, "no rule 'five'; valid are four_over_six"),
         (lambda: quartet.quantize_grad(torch.randn(4, 32), SEEDS, 0, "four_over_six", False), ValueError, "valid are ms_eden"),
+        (lambda: quartet.quantize_grad_both(torch.randn(4, 32), SEEDS, 0, 1, "four_over_six"), ValueError, "valid are ms_eden"),
+        (lambda: quartet.quantize_grad_both(torch.randn(32), SEEDS, 0, 1, "ms_eden"), ValueError, "expected a matrix"),
         (
             lambda: quartet.requantize(*(torch.zeros(4, 16) for _ in range(3)), 32, SEEDS, 0, "ms_eden"),
             TypeError,
@@ -63,9 +65,10 @@ def test_fake_and_real_results_have_the_same_shapes_dtypes_and_strides(shape: tu
     def run(x: torch.Tensor, seeds: torch.Tensor) -> list[torch.Tensor]:
         q = quartet.quantize(x, "four_over_six")
         plain, transposed = (quartet.quantize_grad(x, seeds, 0, "ms_eden", t) for t in (False, True))
+        both = quartet.quantize_grad_both(x, seeds, 0, 1, "ms_eden")
         again = quartet.requantize(*q, x.shape[1], seeds, 1, "ms_eden")
         y = quartet.matmul(*q, *q, None, 1.0, torch.bfloat16)
-        return [*q, *plain, *transposed, *again, y]
+        return [*q, *plain, *transposed, *both, *again, y]
 
     real = run(torch.randn(shape), SEEDS)
     with FakeTensorMode() as mode:
@@ -107,6 +110,13 @@ def test_the_rank_changes_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "rank", lambda: 1)
     other = quartet.quantize_grad(e, SEEDS, 0, "ms_eden", False)
     assert not torch.equal(alone[0], other[0]), "another rotation, other codes"
+
+
+def test_both_orientations_are_those_of_one_each() -> None:
+    e = torch.randn(40, 130)
+    expected = (*quartet.quantize_grad(e, SEEDS, 2, "ms_eden", False), *quartet.quantize_grad(e, SEEDS, 0, "ms_eden", True))
+    for ours, theirs in zip(quartet.quantize_grad_both(e, SEEDS, 2, 0, "ms_eden"), expected, strict=True):
+        assert torch.equal(ours.float(), theirs.float())
 
 
 def test_an_empty_batch() -> None:

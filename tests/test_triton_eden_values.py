@@ -8,7 +8,19 @@ from collections import defaultdict
 import pytest
 import torch
 from torch import Tensor
-from triton_support import BFLOAT16_FIRST, EXACT_SUMS, MATRICES, SHAPES, Packed, matrix, on_devices, packed_on, reference_grad, seeds_on
+from triton_support import (
+    BFLOAT16_FIRST,
+    EXACT_SUMS,
+    MATRICES,
+    SHAPES,
+    Packed,
+    matrix,
+    on_devices,
+    packed_on,
+    quiet_rows,
+    reference_grad,
+    seeds_on,
+)
 
 from quartet_compile.kernels import philox, reference_ops
 from quartet_compile.kernels.value_ops import product_order, rotation_matrix, values_of
@@ -92,16 +104,6 @@ def test_strides_of_a_gradient_do_not_matter(device, dtype, view):
 )
 def test_gradients_of_extreme_size(device, dtype, factor):
     assert_grad_values((matrix("gauss", (37, 70), torch.float64, device) * factor).to(dtype), scale=1.0)
-
-
-def quiet_rows(device: str) -> Tensor:
-    """Most rows so small that their scales are subnormal E4M3 numbers or zero, in some tiles only; and rows of zeros."""
-    e = matrix("gauss", (400, 300), torch.bfloat16, device)
-    e[:128] *= 2.0**-16
-    e[128:140] *= 2.0**-24
-    e[140:150] = 0
-    e[260] *= 2.0**-120
-    return e
 
 
 @on_devices

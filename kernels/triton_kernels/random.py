@@ -1,6 +1,6 @@
 """Philox4x32-10 inside kernels: the numbers of `quartet_compile.kernels.philox`, drawn from a seed that never leaves the GPU.
 
-About 60 integer instructions for a word; a group of 16 elements needs one.
+About 36 integer instructions for a word; a group of 16 elements needs one.
 """
 
 import triton
@@ -13,6 +13,10 @@ STREAM_SAVED = tl.constexpr(philox.STREAM_SAVED)
 _RANK_STEP = tl.constexpr(philox.RANK_STEP - 2**64)
 """The step as a signed number: 64-bit products and sums have the same bits either way."""
 
+_FACTOR0, _FACTOR1 = tl.constexpr(philox.MULTIPLIER_0), tl.constexpr(philox.MULTIPLIER_1)
+_KEY_STEP0, _KEY_STEP1 = tl.constexpr(philox.KEY_STEP_0), tl.constexpr(philox.KEY_STEP_1)
+_ROUNDS = tl.constexpr(philox.ROUNDS)
+
 
 @triton.jit
 def seed_of_rank(seeds, index, rank):
@@ -21,16 +25,38 @@ def seed_of_rank(seeds, index, rank):
 
 
 @triton.jit
-def word(seed, group, row, STREAM: tl.constexpr):
-    """32 random bits as int32, at the counters (group, row, STREAM, 0). group, row: int32 of one shape."""
-    first, _, _, _ = tl.philox(seed, group, row, tl.full(group.shape, STREAM, tl.int32), tl.zeros(group.shape, tl.int32))
-    return first.to(tl.int32, bitcast=True)
+def _product(a, FACTOR: tl.constexpr):
+    """uint32 times a constant -> upper and lower half. One 64-bit product: `tl.philox` takes an instruction for each half."""
+    product = a.to(tl.uint64) * FACTOR
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
 
 
 @triton.jit
-def uniform(seed, group, row, STREAM: tl.constexpr):
-    """Numbers in [0, 1), multiples of 2^-24: the upper 24 bits of `word`."""
-    return ((word(seed, group, row, STREAM) >> 8) & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
+def words_of_groups(seed, row, block, STREAM: tl.constexpr):
+    """32 random bits for each of the eight groups of `block` and rows `row` [n]: int32 [n, 8], at the counters (group, row, STREAM, 0)."""
+    nothing = tl.zeros((row.shape[0], 8), tl.uint32)
+    c0 = (block * 8 + tl.arange(0, 8)).to(tl.uint32)[None, :] + nothing
+    c1 = row.to(tl.uint32)[:, None] + nothing
+    c2 = nothing + STREAM
+    c3 = nothing
+    key0 = seed.to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(_ROUNDS):
+        high0, low0 = _product(c0, _FACTOR0)
+        high1, low1 = _product(c2, _FACTOR1)
+        c0 = high1 ^ c1 ^ key0
+        c1 = low1
+        c2 = high0 ^ c3 ^ key1
+        c3 = low0
+        key0 += _KEY_STEP0
+        key1 += _KEY_STEP1
+    return c0.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def uniforms_of_groups(seed, row, block, STREAM: tl.constexpr):
+    """Numbers in [0, 1), multiples of 2^-24: the upper 24 bits of `words_of_groups`."""
+    return ((words_of_groups(seed, row, block, STREAM) >> 8) & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
 
 
 @triton.jit

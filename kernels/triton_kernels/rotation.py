@@ -35,7 +35,8 @@ def signed_hadamard(seed, DTYPE: tl.constexpr, PERMUTED: tl.constexpr):
     parity = 0x6996 >> (common & 15)  # bit k of 0x6996 is the parity of k
     odd = (parity ^ rotation_sign_bits(seed, i)[:, None]) & 1
     ENTRY: tl.constexpr = tl.float16 if DTYPE is tl.float16 else tl.bfloat16
-    return (1 - 2 * odd).to(tl.float32).to(ENTRY)
+    ONE: tl.constexpr = 0x3C00 if DTYPE is tl.float16 else 0x3F80
+    return (ONE | (odd << 15)).to(tl.int16).to(ENTRY, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["rank"])

@@ -18,27 +18,25 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     any_tile_needs_exact,
     exact_values,
     fast_values,
-    largest_peak,
-    new_flags,
-    store_peak,
     store_smallest,
     store_values,
     tile_needs_exact,
 )
-from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, Target, launch, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, e2m1_value, e4m3_value
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
 
-_UNIT = tl.constexpr(256.0)
-"""A tile of `_unpack` holds the values divided by this."""
+UNIT = tl.constexpr(256.0)
+"""A tile of `unpack` holds the values divided by this."""
 
 
 @triton.jit
 def _unpack_word(word, scale):
-    """Eight codes, the E4M3 byte of their group (both int32) -> bfloat16 elements 0, 4, 1, 5, 2, 6, 3, 7, divided by `_UNIT`."""
+    """Eight codes, the E4M3 byte of their group (both int32) -> bfloat16 elements 0, 4, 1, 5, 2, 6, 3, 7, divided by `UNIT`."""
     if INTERPRET:
-        factor = e4m3_value(scale) * (1.0 / _UNIT)
+        factor = e4m3_value(scale) * (1.0 / UNIT)
         x0 = (e2m1_value(word & 15) * factor).to(tl.bfloat16)
         x1 = (e2m1_value((word >> 4) & 15) * factor).to(tl.bfloat16)
         x2 = (e2m1_value((word >> 8) & 15) * factor).to(tl.bfloat16)
@@ -78,7 +76,7 @@ def _unpack_word(word, scale):
 
 
 @triton.jit
-def _unpack(words, scales, COLUMNS: tl.constexpr):
+def unpack(words, scales, COLUMNS: tl.constexpr):
     """words [128, COLUMNS/8], E4M3 bytes [128, COLUMNS/16] -> bfloat16 [128, COLUMNS], the columns of every eight reordered."""
     scale = tl.broadcast_to(scales.to(tl.int32)[:, :, None], (128, COLUMNS // 16, 2)).reshape(128, COLUMNS // 8)
     a, b, c, d, e, f, g, h = _unpack_word(words, scale)
@@ -86,7 +84,7 @@ def _unpack(words, scales, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS: tl.constexpr):
+def load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS: tl.constexpr):
     """Rows 128 * block and following, columns COLUMNS * strip and following, as 32-bit words of codes and E4M3 bytes; zeros outside."""
     i = tl.arange(0, 128)
     word = tl.arange(0, COLUMNS // 8)
@@ -106,8 +104,8 @@ def _load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS: t
 
 
 @triton.jit
-def _column_order(COLUMNS: tl.constexpr):
-    """The logical column of each column of a tile of `_unpack`."""
+def column_order(COLUMNS: tl.constexpr):
+    """The logical column of each column of a tile of `unpack`."""
     p = tl.arange(0, COLUMNS)
     return (p & -8) + ((p >> 1) & 3) + 4 * (p & 1)
 
@@ -126,19 +124,19 @@ def saved_values_kernel(
     matrix = load_rotation(rotations, index, tl.bfloat16)
     seed = seed_of_rank(seeds, index, rank)
     g = tl.load(incoming)
-    i = _column_order(COLUMNS)
-    words, bytes_ = _load_packed(codes, scales, block, first, length, groups_per_row, COLUMNS)
-    values = _unpack(words, bytes_, COLUMNS)
+    i = column_order(COLUMNS)
+    words, bytes_ = load_packed(codes, scales, block, first, length, groups_per_row, COLUMNS)
+    values = unpack(words, bytes_, COLUMNS)
     peaks = tl.zeros((COLUMNS,), tl.int32)
     for strip in tl.range(first, tl.minimum(first + chunk, strips), num_stages=1):
         rotated = rotate(tl.trans(values), matrix, True)
-        words, bytes_ = _load_packed(codes, scales, block, strip + 1, length, groups_per_row, COLUMNS)
+        words, bytes_ = load_packed(codes, scales, block, strip + 1, length, groups_per_row, COLUMNS)
         row = strip * COLUMNS + i
-        results, bits, bits_or_infinity = fast_values(rotated, seed, row, block, g, STREAM_SAVED, _UNIT)
+        results, bits, bits_or_infinity = fast_values(rotated, seed, row, block, g, STREAM_SAVED, UNIT)
         store_smallest(bits_or_infinity, exponents, block * strips + strip)
         store_values(results, out, strip * COLUMNS, i, columns, block, blocks)
         peaks = tl.maximum(peaks, tl.max(bits, 1))
-        values = _unpack(words, bytes_, COLUMNS)
+        values = unpack(words, bytes_, COLUMNS)
     store_peak(peaks, program_peaks)
 
 
@@ -156,26 +154,32 @@ def saved_again_kernel(
             strips = tl.cdiv(columns, COLUMNS)
             matrix = load_rotation(rotations, index, tl.bfloat16)
             seed = seed_of_rank(seeds, index, rank)
-            i = _column_order(COLUMNS)
+            i = column_order(COLUMNS)
             for tile in range(first, tl.minimum(first + TILES, tiles)):
                 if tile_needs_exact(exponents, tile, bits, g, COLUMNS):
                     block = tile // strips
                     strip = tile % strips
-                    words, bytes_ = _load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS)
-                    rotated = rotate(tl.trans(_unpack(words, bytes_, COLUMNS)), matrix, True) * _UNIT
+                    words, bytes_ = load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS)
+                    rotated = rotate(tl.trans(unpack(words, bytes_, COLUMNS)), matrix, True) * UNIT
                     values = exact_values(rotated, bits, seed, strip * COLUMNS + i, block, g, STREAM_SAVED)
                     store_values(values, out, strip * COLUMNS, i, columns, block, tl.cdiv(length, 128))
 
 
 TILE_COLUMNS = 64
 CHUNK = 8
-"""Neighbouring strips of a program: their scale bytes share cache sectors."""
+"""Most neighbouring strips of a program: their scale bytes share cache sectors."""
 
 OPTIONS = {"num_warps": 4}
 """Launch options of `saved_values_kernel`."""
 
 TILES_A_CHECK = 32
 """Tiles that a program of the second launch looks at together."""
+
+
+def chunk_of(tiles: int, target: Target) -> int:
+    """Strips of a program: CHUNK, or fewer, a power of two, so that there are enough programs for every multiprocessor."""
+    chunk = max(1, min(CHUNK, tiles // (8 * target.processors)))
+    return 1 << (chunk.bit_length() - 1)
 
 
 def requantize_values(
@@ -191,9 +195,7 @@ def requantize_values(
         return out
     blocks, strips = triton.cdiv(length, 128), triton.cdiv(columns, TILE_COLUMNS)
     target = target_of(codes)
-    # Enough programs for every multiprocessor, else shorter walks.
-    chunk = max(1, min(CHUNK, blocks * strips // (8 * target.processors)))
-    chunk = 1 << (chunk.bit_length() - 1)
+    chunk = chunk_of(blocks * strips, target)
     programs = blocks * triton.cdiv(strips, chunk)
     program_peaks, exponents = new_flags(codes, programs, blocks * strips, TILE_COLUMNS)
     arguments = (

@@ -40,6 +40,16 @@ def _word(even, odd):
 
 
 @triton.jit
+def upper_halves(even, odd):
+    """Two f32 -> word of their upper halves."""
+    if INTERPRET:
+        w = ((bits_of(even) >> 16) & 0xFFFF) | (bits_of(odd) & -65536)
+    else:
+        w = tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [even, odd], dtype=tl.int32, is_pure=True, pack=1)
+    return w
+
+
+@triton.jit
 def twice(x):
     """f32 -> its nearest bfloat16 in both halves."""
     if INTERPRET:

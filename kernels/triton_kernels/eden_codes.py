@@ -1,0 +1,232 @@
+"""MS-EDEN to packed codes and scales, in one pass over the operand: what the rotated operands of a product are on FP4 tensor cores.
+
+`ms_eden` rounds a group's scale t to ``E4M3_stochastic(t / g)`` once g, a power of two, is known. As long as t / g is no subnormal E4M3
+number, g moves the exponent alone: `fast_codes` rounds codes and the mantissa of t in the pass that reads the data. Of each scale,
+`store_provisional` writes a byte, with the exponent relative to the largest in a row of a tile, eight groups, and a byte with that exponent
+for each row. The second launch, which knows g, has `align_tiles` read these 1.125 bytes a group and write E4M3. With `exact_codes` it makes
+those tiles again, by the reference's steps, that hold a subnormal scale or numbers near the ends of float32, and all of them where a number
+is not finite.
+
+The fast path multiplies by reciprocals where `ms_eden` divides, which moves codes and scales at near-ties only, as often as the order of
+the rotation's additions does.
+"""
+
+import triton
+import triton.language as tl
+
+from quartet_compile.kernels.triton_kernels.ms_eden import fast_scale, peaks_of, round_rotated, scale_of
+from quartet_compile.kernels.triton_kernels.numbers import (
+    INTERPRET,
+    bits_of,
+    e2m1_nearest,
+    e2m1_pair,
+    e4m3_stochastic,
+)
+from quartet_compile.kernels.triton_kernels.random import uniforms_of_groups
+from quartet_compile.kernels.triton_kernels.words import SIGNS, pack_codes, upper_halves
+
+_SMALLEST_TENSOR_SCALE = tl.constexpr(2.0**-100)
+_SMALLEST_SCALE = tl.constexpr(9)
+"""E4M3 byte behind that of 2^-6, the smallest normal number, to which a subnormal one may have been rounded up."""
+
+
+# ---------------------------------------------------------------- sixteen elements of a thread
+
+
+def _reversed_bits(i: int, bits: int) -> int:
+    return int(f"{i:0{bits}b}"[::-1], 2)
+
+
+def _round_assembly() -> str:
+    """$0, $1: codes of elements 0 to 7 and 8 to 15; $2: sum of v v; $3: sum of v q; $4 to $19: y, in the order of `_split`; $20: v / y."""
+    lines = [
+        ".reg .b64 factor, v, p, vv, vq;  .reg .b32 q;  .reg .b16 even, odd;  .reg .b8 c<8>;  .reg .f32 a, b;",
+        "mov.b64 factor, {$20, $20};  mov.b64 vv, 0;  mov.b64 vq, 0;",
+    ]
+    for j in range(8):
+        x, y = (f"${4 + _reversed_bits(2 * j + k, 4)}" for k in range(2))
+        lines += [
+            f"mov.b64 v, {{{x}, {y}}};  mul.rn.f32x2 v, v, factor;  mov.b64 {{a, b}}, v;",
+            f"cvt.rn.satfinite.e2m1x2.f32 c{j}, b, a;  cvt.rn.f16x2.e2m1x2 q, c{j};  mov.b32 {{even, odd}}, q;",
+            "cvt.f32.f16 a, even;  cvt.f32.f16 b, odd;  mov.b64 p, {a, b};",
+            "fma.rn.f32x2 vv, v, v, vv;  fma.rn.f32x2 vq, v, p, vq;",
+        ]
+    lines.append("mov.b64 {a, b}, vv;  add.rn.f32 $2, a, b;  mov.b64 {a, b}, vq;  add.rn.f32 $3, a, b;")
+    lines.append("mov.b32 $0, {c0, c1, c2, c3};  mov.b32 $1, {c4, c5, c6, c7};")
+    return "{ " + "\n".join(lines) + " }"
+
+
+_ROUND = tl.constexpr(_round_assembly())
+_ROUND_CONSTRAINTS = tl.constexpr(",".join(["=r", "=r", "=f", "=f"] + ["f"] * 17))
+_ROUND_RESULT = tl.constexpr((tl.int32, tl.int32, tl.float32, tl.float32))
+
+
+@triton.jit
+def _split(x, LEVELS: tl.constexpr):
+    """[n, 8, 2^LEVELS] -> that many [n, 8], in the order of the reversed bits of their index."""
+    parts = (x,)
+    for level in tl.static_range(LEVELS):
+        halves = ()
+        for i in tl.static_range(2**level):
+            part = parts[i].reshape(x.shape[0] * 8, 2 ** (LEVELS - 1 - level), 2)
+            a, b = tl.split(part)
+            halves = halves + (a, b)  # noqa: RUF005
+        parts = halves
+    whole = ()
+    for i in tl.static_range(2**LEVELS):
+        whole = whole + (parts[i].reshape(x.shape[0], 8),)  # noqa: RUF005
+    return whole
+
+
+@triton.jit
+def _round(y, factor, NATIVE: tl.constexpr, WHOLE: tl.constexpr):
+    """v = y [n, 8, 16] times factor [n, 8], below 7, rounded to q -> codes, and sums over groups of v v and of v q.
+
+    The codes of the first and of the last eight elements, int32 [n, 8] each. WHOLE: a thread holds whole groups.
+    """
+    n: tl.constexpr = y.shape[0]
+    if NATIVE and WHOLE and not INTERPRET:
+        front, back, numerator, denominator = tl.inline_asm_elementwise(
+            _ROUND, _ROUND_CONSTRAINTS, _split(y, 4) + (factor,), dtype=_ROUND_RESULT, is_pure=True, pack=1  # noqa: RUF005
+        )  # fmt: skip
+    elif WHOLE:
+        v = y * factor[:, :, None]
+        q = e2m1_nearest(v)
+        numerator = tl.sum(v * v, 2)
+        denominator = tl.sum(v * q, 2)
+        even, odd = tl.split(v.reshape(n, 8, 8, 2))
+        even_q, odd_q = tl.split(q.reshape(n, 8, 8, 2))
+        # q has two significant bits: its upper half is all of it. Zeros take the sign of v.
+        w = _split((upper_halves(even_q, odd_q) & ~SIGNS) | (upper_halves(even, odd) & SIGNS), 3)
+        front = pack_codes(w[0], w[4], w[2], w[6])
+        back = pack_codes(w[1], w[5], w[3], w[7])
+    else:
+        even, odd = tl.split((y * factor[:, :, None]).reshape(n, 8, 8, 2))
+        byte, even_q, odd_q = e2m1_pair(even, odd, NATIVE)
+        numerator = tl.sum(even * even + odd * odd, 2)
+        denominator = tl.sum(even * even_q + odd * odd_q, 2)
+        front, back = _words_of_bytes(byte)
+    return front, back, numerator, denominator
+
+
+@triton.jit
+def _words_of_bytes(byte):
+    """Bytes int32 [n, 8, 8] -> the first four and the last four of each group, int32 [n, 8] each."""
+    shift = (tl.arange(0, 4) * 8)[None, None, None, :]
+    return tl.split(tl.sum(byte.reshape(byte.shape[0], 8, 2, 4) << shift, 3))
+
+
+@triton.jit
+def fast_codes(y, seed, row, block, STREAM: tl.constexpr, UNIT: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr):
+    """Rotated groups y [n, 8, 16] of rows `row` [n] -> their codes, eight to an int32, twice [n, 8]; bits of their scales and of t, [n, 8].
+
+    The groups are y * UNIT, a power of two.
+    """
+    peak, safe, factor = peaks_of(y)
+    front, back, numerator, denominator = _round(y, factor, NATIVE, WHOLE)
+    t_bits, s_bits = fast_scale(peak, safe, numerator, denominator, seed, row, block, STREAM, UNIT)
+    some = peak > 0  # whatever sign the tensor cores give to a sum of zeros
+    return tl.where(some, front, 0), tl.where(some, back, 0), tl.where(some, s_bits, 0), t_bits
+
+
+@triton.jit
+def exact_codes(y, peak_bits, seed, row, block, STREAM: tl.constexpr, NATIVE: tl.constexpr):
+    """As `fast_codes`, once the bits of the largest t of all are known: codes, and E4M3 bytes int32 [n, 8], by the reference's steps."""
+    n: tl.constexpr = y.shape[0]
+    g, finite = scale_of(peak_bits)
+    byte, t = round_rotated(y, NATIVE)
+    e4m3 = e4m3_stochastic(tl.where(finite, t * tl.div_rn(1.0, g), 0.0), uniforms_of_groups(seed, row, block, STREAM))
+    front, back = _words_of_bytes(byte.reshape(n, 8, 8))
+    return tl.where(finite, front, 0), tl.where(finite, back, 0), tl.where(finite, e4m3, 0)
+
+
+# ---------------------------------------------------------------- storing
+
+
+@triton.jit
+def _store_pair(codes, scales, present, front0, back0, front1, back1, bytes_):
+    """Two neighbouring groups of a thread: 16 bytes of codes, 2 of scales. tl.store would pass them through shared memory first."""
+    tl.inline_asm_elementwise(
+        """
+        {
+        .reg .pred present; .reg .b16 two;
+        setp.ne.b32 present, $3, 0;  cvt.u16.u32 two, $8;
+        @present st.global.v4.b32 [$1], {$4, $5, $6, $7};
+        @present st.global.b16 [$2], two;
+        mov.b32 $0, 0;
+        }
+        """,
+        "=r,l,l,r,r,r,r,r,r",
+        [codes, scales, present, front0, back0, front1, back1, bytes_],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def store_groups(front, back, bytes_, codes, scales, first_row, i, rows, block, blocks, WHOLE: tl.constexpr):
+    """Codes and scale bytes, int32 [n, 8], of rows first_row + i [n] and of `block`, 128 columns -> codes int32, scales u8."""
+    n: tl.constexpr = front.shape[0]
+    at = (first_row * tl.cast(blocks, tl.int64) + block) + i.to(tl.int64)[:, None] * blocks
+    present = (first_row + i < rows)[:, None]
+    if INTERPRET or not WHOLE:
+        group = tl.arange(0, 8)[None, :]
+        tl.store(codes + at * 16 + group * 2, front, mask=present)
+        tl.store(codes + at * 16 + group * 2 + 1, back, mask=present)
+        tl.store(scales + at * 8 + group, bytes_.to(tl.uint8), mask=present)
+    else:
+        front0, front1 = tl.split(front.reshape(n, 4, 2))
+        back0, back1 = tl.split(back.reshape(n, 4, 2))
+        low, high = tl.split(bytes_.reshape(n, 4, 2))
+        pair = tl.arange(0, 4)[None, :]
+        _store_pair(
+            (codes + at * 16 + pair * 4).to(tl.int64), (scales + at * 8 + pair * 2).to(tl.int64),
+            present.broadcast_to(n, 4).to(tl.int32), front0, back0, front1, back1, low | (high << 8),
+        )  # fmt: skip
+
+
+@triton.jit
+def store_provisional(front, back, s_bits, codes, scales, exponents, tile, first_row, i, rows, block, blocks, WHOLE: tl.constexpr):
+    """As `store_groups`, from the bits of rounded scales: bytes 1 to 255, 1 if a scale is 31 binades below the largest of its row, 0 for 0.
+
+    exponents: u8 [tiles, n], that of each row's largest scale.
+    """
+    n: tl.constexpr = front.shape[0]
+    largest = tl.max(s_bits, 1) >> 23
+    bytes_ = tl.maximum((s_bits >> 20) - (largest * 8 - 248)[:, None], (s_bits != 0).to(tl.int32))
+    store_groups(front, back, bytes_, codes, scales, first_row, i, rows, block, blocks, WHOLE)
+    tl.store(exponents + tile * n + tl.arange(0, n), largest.to(tl.uint8))
+
+
+# ---------------------------------------------------------------- aligning
+
+
+@triton.jit
+def align_tiles(scales, exponents, peak_bits, first_row, i, rows, block, blocks, first_tile, tiles):
+    """Provisional bytes of tiles, 32 at most -> E4M3 in place. Returns a mask of the tiles to be made again, whose bytes are left.
+
+    first_row, block [n]: where each tile is; first_row + i [m]: its rows.
+    """
+    tile = first_tile + tl.arange(0, block.shape[0])
+    start = scales + (first_row * tl.cast(blocks, tl.int64) + block)[:, None, None] * 8
+    at = start + i[None, :, None] * (blocks * 8) + tl.arange(0, 8)[None, None, :]
+    present = ((first_row[:, None] + i[None, :] < rows) & (tile < tiles)[:, None])[:, :, None]
+    provisional = tl.load(at, mask=present, other=0).to(tl.int32)
+    row_of_exponents = tile.to(tl.int64)[:, None] * i.shape[0] + tl.arange(0, i.shape[0])[None, :]
+    exponent = tl.load(exponents + row_of_exponents, mask=(tile < tiles)[:, None], other=0).to(tl.int32)
+    g, finite = scale_of(peak_bits)
+    byte = provisional + (exponent * 8 - 248 - ((bits_of(g) >> 23) - 7) * 8)[:, :, None]
+    small = ((provisional != 0) & (byte < _SMALLEST_SCALE)).to(tl.int32)
+    everything = ((g < _SMALLEST_TENSOR_SCALE) | (not finite)).to(tl.int32)
+    again = tl.where(tile < tiles, tl.max(small.reshape(block.shape[0], i.shape[0] * 8), 1) | everything, 0)
+    tl.store(at, tl.where(provisional == 0, 0, byte).to(tl.uint8), mask=present & (again == 0)[:, None, None])
+    return tl.sum(again << tl.arange(0, block.shape[0]), 0)
+
+
+@triton.jit
+def store_tensor_scale(peak_bits, incoming, out):
+    """The tensor scale times the `incoming` one, NaN where a number is not finite: by the first program."""
+    g, finite = scale_of(peak_bits)
+    if tl.program_id(0) == 0:
+        tl.store(out, tl.where(finite, g, float("nan")) * incoming)

@@ -1,0 +1,129 @@
+"""The transpose of a saved packed matrix as a packed operand of a backward product: unpack, transpose, rotate, MS-EDEN.
+
+Bytes an element: 0.5625 read, 0.5625 written; aligning the scales, 0.13, mostly meets the L2 cache. Unpacking and the order of a tile's
+columns are those of `saved_values`, rounding and the second launch those of `eden_codes`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quartet_compile.kernels.format import ROTATION, ceil_to
+from quartet_compile.kernels.triton_kernels.eden_codes import (
+    align_tiles,
+    exact_codes,
+    fast_codes,
+    store_groups,
+    store_provisional,
+    store_tensor_scale,
+)
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, empty_packed, launch, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
+from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
+from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
+from quartet_compile.kernels.triton_kernels.saved_values import UNIT, chunk_of, column_order, load_packed, unpack
+
+
+@triton.jit(do_not_specialize=["index", "rank", "chunk"])
+def saved_codes_kernel(
+    saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row, chunk,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Packed [length, columns], codes as int32 words -> [columns, ceil(length/128)*128], scales provisional bytes.
+
+    A program does `chunk` neighbouring strips.
+    """
+    strips = tl.cdiv(columns, COLUMNS)
+    blocks = tl.cdiv(length, 128)
+    chunks = tl.cdiv(strips, chunk)
+    block = tl.program_id(0) // chunks
+    first = tl.program_id(0) % chunks * chunk
+    seed = seed_of_rank(seeds, index, rank)
+    matrix = signed_hadamard(seed, tl.bfloat16, PERMUTED)
+    i = column_order(COLUMNS)
+    words, bytes_ = load_packed(saved_codes, saved_scales, block, first, length, groups_per_row, COLUMNS)
+    values = unpack(words, bytes_, COLUMNS)
+    largest = tl.zeros((COLUMNS,), tl.int32)
+    for strip in tl.range(first, tl.minimum(first + chunk, strips), num_stages=1):
+        y = rotate(tl.trans(values), matrix, PERMUTED)
+        words, bytes_ = load_packed(saved_codes, saved_scales, block, strip + 1, length, groups_per_row, COLUMNS)
+        front, back, s_bits, t_bits = fast_codes(y, seed, strip * COLUMNS + i, block, STREAM_SAVED, UNIT, NATIVE, WHOLE)
+        tile = block * strips + strip
+        store_provisional(front, back, s_bits, codes, scales, exponents, tile, strip * COLUMNS, i, columns, block, blocks, WHOLE)
+        largest = tl.maximum(largest, tl.max(t_bits & 0x7FFFFFFF, 1))
+        values = unpack(words, bytes_, COLUMNS)
+    store_peak(largest, peaks)
+
+
+@triton.jit(do_not_specialize=["index", "rank", "tiles", "programs"])
+def align_saved_kernel(
+    saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row,
+    incoming, out_tensor_scale, tiles, programs,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Provisional scales -> E4M3, and the tensor scale. A program does TILES tiles."""
+    bits = largest_peak(peaks, programs)
+    store_tensor_scale(bits, tl.load(incoming), out_tensor_scale)
+    first = tl.program_id(0) * TILES
+    strips = tl.cdiv(columns, COLUMNS)
+    blocks = tl.cdiv(length, 128)
+    tile = first + tl.arange(0, TILES)
+    i = column_order(COLUMNS)
+    marked = align_tiles(scales, exponents, bits, tile % strips * COLUMNS, i, columns, tile // strips, blocks, first, tiles)
+    if marked != 0:
+        seed = seed_of_rank(seeds, index, rank)
+        matrix = signed_hadamard(seed, tl.bfloat16, PERMUTED)
+        for t in range(TILES):
+            if (marked >> t) & 1:
+                block = (first + t) // strips
+                strip = (first + t) % strips
+                words, bytes_ = load_packed(saved_codes, saved_scales, block, strip, length, groups_per_row, COLUMNS)
+                y = rotate(tl.trans(unpack(words, bytes_, COLUMNS)), matrix, PERMUTED) * UNIT
+                front, back, e4m3 = exact_codes(y, bits, seed, strip * COLUMNS + i, block, STREAM_SAVED, NATIVE)
+                store_groups(front, back, e4m3, codes, scales, strip * COLUMNS, i, columns, block, blocks, WHOLE)
+
+
+def saved_tile(capability: int) -> tuple[int, dict[str, int]]:
+    """Columns of a tile and launch options of `saved_codes_kernel`: such as compile without spilling."""
+    return (64 if capability // 10 in (9, 10) else 32), {"num_warps": 4}
+
+
+ALIGNED_TILES = 16
+"""Tiles whose scales a program of the second launch aligns."""
+
+ALIGN_OPTIONS = {"num_warps": 8}
+"""Launch options of `align_saved_kernel`."""
+
+
+def requantize(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str, rank: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Dequantize, transpose, rotate and quantize a packed [M, columns] into [columns, ceil(M/128)*128]."""
+    if rule != "ms_eden":
+        raise ValueError(f"no backward rule {rule!r}")
+    codes, scales = codes.contiguous(), scales.contiguous()
+    length, groups_per_row = scales.shape
+    packed = out_codes, out_scales, g = empty_packed(codes, columns, ceil_to(length, ROTATION))
+    if out_scales.numel() == 0:
+        g.copy_(tensor_scale)
+        return packed
+    target = target_of(codes)
+    tile_columns, options = saved_tile(target.capability)
+    blocks, strips = triton.cdiv(length, 128), triton.cdiv(columns, tile_columns)
+    tiles = blocks * strips
+    chunk = chunk_of(tiles, target)
+    programs = blocks * triton.cdiv(strips, chunk)
+    peaks, exponents = new_flags(codes, programs, tiles, tile_columns)
+    arguments = (
+        codes.view(torch.int32), scales.view(torch.uint8), out_codes.view(torch.int32), out_scales.view(torch.uint8), exponents, peaks,
+        seeds, index, rank, length, columns, groups_per_row,
+    )  # fmt: skip
+    forms = {**target.forms(torch.bfloat16), "COLUMNS": tile_columns}
+    with on_device_of(codes):
+        launch(saved_codes_kernel, programs, *arguments, chunk, **forms, **options, **FUSED)
+        launch(
+            align_saved_kernel, triton.cdiv(tiles, ALIGNED_TILES), *arguments, tensor_scale, g, tiles, programs,
+            **forms, TILES=ALIGNED_TILES, **ALIGN_OPTIONS, **EXACT,
+        )  # fmt: skip
+    return packed
