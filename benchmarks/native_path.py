@@ -78,7 +78,7 @@ FORWARD = (
 )
 """Launches of ``quantize``, for x and for w."""
 
-REQUANTIZE = {operand: (SAVED, ALIGN_SAVED, SWIZZLE) for operand in ("w", "x")}
+REQUANTIZE = dict.fromkeys(("w", "x"), (SAVED, ALIGN_SAVED, SWIZZLE))
 ONE_READ = (BOTH, ALIGN, SWIZZLE, ALIGN_TRANSPOSED, SWIZZLE)
 TWO_READS = (GRADIENT, ALIGN, SWIZZLE, TRANSPOSED, ALIGN_TRANSPOSED, SWIZZLE)
 """Launches for both orientations of a gradient: from one read where tensor cores read what they rotate in shared memory or their own."""
@@ -100,7 +100,7 @@ class Compiled:
 
 
 def quantizers(capability: int) -> list[tuple[str, tuple[Pass, ...]]]:
-    """The operators but the products, in order: the operand that each reads, x [tokens, in], w [out, in] or e [tokens, out], its launches."""
+    """All but the products, in order: the operand that is read, x [tokens, in], w [out, in] or e [tokens, out], and the launches."""
     gradient = ONE_READ if both_at_once(capability, torch.bfloat16) else TWO_READS
     return [*((operand, (*FORWARD, SWIZZLE)) for operand in "xw"), ("e", gradient), *REQUANTIZE.items()]
 

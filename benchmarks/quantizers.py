@@ -64,6 +64,7 @@ def operators(x: Tensor) -> dict[str, Operator]:
         "quantize_with_values": Operator(lambda: quartet.quantize_with_values(x, FORWARD), [x]),
         "quantize_grad row": Operator(lambda: quartet.quantize_grad(x, seeds, 0, BACKWARD, False), [x]),
         "quantize_grad transposed": Operator(lambda: quartet.quantize_grad(x, seeds, 0, BACKWARD, True), [x]),
+        "quantize_grad_both": Operator(lambda: quartet.quantize_grad_both(x, seeds, 0, 1, BACKWARD), [x]),
         "grad_values row": Operator(lambda: grad_values(False), [x]),
         "grad_values transposed": Operator(lambda: grad_values(True), [x]),
         "grad_values both": Operator(lambda: quartet.grad_values_both(x, rotations, seeds, 0, 1, BACKWARD, UNDO), [x]),

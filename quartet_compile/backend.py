@@ -19,10 +19,10 @@ from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.emulate import EmulationPass
 from quartet_compile.passes.locate import dotted
+from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
 from quartet_compile.passes.place import SCOPE_KEY
 from quartet_compile.passes.precompile import PrecompilePass
-from quartet_compile.passes.swizzle import SwizzlePass
 
 log = logging.getLogger("quartet_compile")
 
@@ -59,7 +59,7 @@ def inductor_patches(
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(mode or ours.mode, inductor_options)
     rewriting = QuartetPass(parameter_names(gm, example_inputs), ours.policy(scope), fingerprint(gm), on_result)
-    for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), SwizzlePass(), PrecompilePass()])):
+    for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), NativePass(), PrecompilePass()])):
         users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))
         patches[field] = compat.PassSequence([*users, *ours_there])
     return patches

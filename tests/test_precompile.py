@@ -51,7 +51,7 @@ def test_float32_is_another_kernel() -> None:
 
 def test_launches_that_share_a_binary_have_one_signature() -> None:
     few, many, odd = (
-        jobs_of(quartet.quantize_with_values.default, (rows, columns), "four_over_six") for rows, columns in ((256, 512), (512, 1024), (7, 48))
+        jobs_of(quartet.quantize_with_values.default, shape, "four_over_six") for shape in ((256, 512), (512, 1024), (7, 48))
     )
     assert [*map(precompile.signature, few)] == [*map(precompile.signature, many)]
     assert precompile.signature(few[0]) != precompile.signature(odd[0])  # 21 groups: no multiple of 16

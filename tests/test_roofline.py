@@ -127,7 +127,7 @@ def test_the_tables_print(tmp_path):
         assert row.startswith(f"{figure['gpu']} ")
         assert figure["speedup"] == pytest.approx(figure["bf16_seconds"] / figure["nvfp4_seconds"])
         assert figure["nvfp4_seconds"] == pytest.approx(sum(cost["seconds"] for cost in figure["kernels"].values()))
-        assert figure["speedup"] <= figure["speedup_without_issue_bound"]
+        assert figure["speedup"] <= figure["speedup_without_issue_bound"] * (1 + 1e-12)
     assert [f["paper"] for f in figures if f["paper"]] == [3.12, 4.19]
     # Three products in BF16 over the four linears of the 800M model: 6 * 32768 * (6144 + 2048 + 11264 + 5632) * 2048 operations.
     b200 = figures[0]

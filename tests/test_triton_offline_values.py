@@ -30,7 +30,10 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
     found = {
         "rotations": Case(rotation.rotations_kernel, {"seeds": "*i64", "rank": "i32", "out": "*bf16"}, {}, {"num_warps": 8}),
         "saved_values": Case(
-            saved_values.saved_values_kernel, {**saved, "chunk": "i32"}, {"COLUMNS": saved_values.TILE_COLUMNS}, {**saved_values.OPTIONS, **FUSED}
+            saved_values.saved_values_kernel,
+            {**saved, "chunk": "i32"},
+            {"COLUMNS": saved_values.TILE_COLUMNS},
+            {**saved_values.OPTIONS, **FUSED},
         ),
         "saved_again": Case(
             saved_values.saved_again_kernel,

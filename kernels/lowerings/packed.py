@@ -1,4 +1,4 @@
-"""Products of packed matrices on FP4 tensor cores: one Triton template, into which scaling, bias and what follows are fused; cuBLAS beside it.
+"""Products of packed matrices on FP4 tensor cores: a Triton template, into which scaling, bias and what follows are fused, or cuBLAS.
 
 The template is `packed_product.accumulate` between Inductor's way of naming the operands and its way of storing the result.
 """
@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import lowerings
 from torch._inductor.select_algorithm import ExternKernelChoice, SymbolicGridFn, TritonTemplate
-
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from quartet_compile.kernels import swizzled_ops  # noqa: F401  (registers the operators)
@@ -82,13 +81,13 @@ def _is_one_number(a_codes: Any, b_codes: Any) -> bool:
     return all(statically_known_true(codes.get_size()[0] == 1) for codes in (a_codes, b_codes))
 
 
-@lowering(quartet.matmul.default, when=lambda a, s, g, b, *_: is_native(a.get_device()) and not _is_one_number(a, b))
+@lowering(quartet.matmul.default, when=lambda *args: is_native(args[0].get_device()) and not _is_one_number(args[0], args[3]))
 def matmul(a_codes: Any, a_scales: Any, a_g: Any, b_codes: Any, b_scales: Any, b_g: Any, bias: Any, scale: float, dtype: torch.dtype) -> Any:
     """Plain scales."""
     return _product([a_codes, a_scales, a_g, b_codes, b_scales, b_g], bias, scale, dtype, swizzled=False)
 
 
-@lowering(quartet.matmul_swizzled.default, when=lambda a, s, g, b, *_: has_tma(a.get_device()) and not _is_one_number(a, b))
+@lowering(quartet.matmul_swizzled.default, when=lambda *args: has_tma(args[0].get_device()) and not _is_one_number(args[0], args[3]))
 def matmul_swizzled(
     a_codes: Any, a_scales: Any, a_g: Any, b_codes: Any, b_scales: Any, b_g: Any, bias: Any, scale: float, dtype: torch.dtype
 ) -> Any:

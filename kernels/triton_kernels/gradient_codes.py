@@ -221,7 +221,8 @@ def _launch(
         launches.append(((e, *side, packed[2], seeds, which, rank, *shape, tiles, programs), constants))
     with on_device_of(e):
         launch(
-            gradient_codes_kernel, programs, e, *sides, seeds, index, transposed_index, rank, rows, columns, row_stride, column_stride, tiles,
+            gradient_codes_kernel, programs, e, *sides, seeds, index, transposed_index, rank, rows, columns,
+            row_stride, column_stride, tiles,
             **asked, **target.forms(e.dtype), ROWS=tile.rows, COLUMNS=tile.columns, STAGES=tile.stages, **tile.options, **FUSED,
         )  # fmt: skip
         for arguments, constants in launches:

@@ -124,10 +124,9 @@ def column_slices(x, COUNT: tl.constexpr):
     """x [m, n] -> COUNT neighbouring parts [m, n / COUNT], a power of two: what follows holds one of them in registers at a time."""
     if COUNT == 1:
         return (x,)
-    else:
-        m: tl.constexpr = x.shape[0]
-        left, right = tl.split(x.reshape(m, 2, x.shape[1] // 2).permute(0, 2, 1))
-        return column_slices(left, COUNT // 2) + column_slices(right, COUNT // 2)
+    m: tl.constexpr = x.shape[0]
+    left, right = tl.split(x.reshape(m, 2, x.shape[1] // 2).permute(0, 2, 1))
+    return column_slices(left, COUNT // 2) + column_slices(right, COUNT // 2)
 
 
 @triton.jit
@@ -192,7 +191,8 @@ def matmul_packed(
         if swizzled:  # room for the descriptors
             triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=a_codes.device))
         launch(
-            packed_product_kernel, programs, a_codes.contiguous(), a_scales.contiguous(), a_tensor_scale, b_codes.contiguous(), b_scales.contiguous(), b_tensor_scale,
+            packed_product_kernel, programs,
+            a_codes.contiguous(), a_scales.contiguous(), a_tensor_scale, b_codes.contiguous(), b_scales.contiguous(), b_tensor_scale,
             None if bias is None else bias.contiguous(), out, scale, M, N, a_codes.shape[1] // 8,
             HAS_BIAS=bias is not None, SWIZZLED=swizzled, NATIVE=target.native, BAND=BAND, **options, **EXACT,
         )  # fmt: skip

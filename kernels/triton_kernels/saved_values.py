@@ -145,7 +145,7 @@ def saved_again_kernel(
     codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, tiles, programs,
     COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of `saved_values_kernel` that need the tensor scale, now that it is known. A program looks at TILES of them, then at others."""
+    """The tiles of `saved_values_kernel` that need the tensor scale, now that it is known. A program looks at TILES of them at a time."""
     bits = largest_peak(program_peaks, programs)
     g = tl.load(incoming)
     for check in range(tl.program_id(0), tl.cdiv(tiles, TILES), tl.num_programs(0)):

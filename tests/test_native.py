@@ -1,4 +1,4 @@
-"""Scales in tensor-core order: the operators on a CPU, and the pass that asks for them."""
+"""What is done for GPUs with FP4 tensor cores: scales in their order, gradients read once. The operators and the graphs, on a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule
 
 from quartet_compile import backend
 from quartet_compile.kernels.format import swizzle_scales
-from quartet_compile.passes.swizzle import SwizzlePass
+from quartet_compile.passes.native import NativePass
 
 quartet = torch.ops.quartet
 
@@ -58,11 +58,11 @@ def test_operands_that_do_not_fit_are_refused(change: Any, message: str) -> None
 
 
 @pytest.fixture
-def swizzled_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Compilations swizzle on every device. Their graphs, as they come: forward, backward."""
+def native_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Compilations take every device for native. Their graphs, as they come: forward, backward."""
     graphs: list[str] = []
 
-    class Recording(SwizzlePass):
+    class Recording(NativePass):
         def __init__(self) -> None:
             super().__init__(lambda device: True)
 
@@ -73,25 +73,25 @@ def swizzled_everywhere(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def uuid(self) -> Any:
             return None  # no cache may answer in its place
 
-    monkeypatch.setattr(backend, "SwizzlePass", Recording)
+    monkeypatch.setattr(backend, "NativePass", Recording)
     return graphs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_swizzled_products_give_the_same_numbers(dtype: torch.dtype, swizzled_everywhere: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swizzled_products_give_the_same_numbers(dtype: torch.dtype, native_everywhere: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = MLP().to(dtype), torch.randn(48, 64, dtype=dtype, requires_grad=True)
     ours = step(module, x)
-    assert len(swizzled_everywhere) == 2
-    assert all("quartet.matmul_swizzled" in graph and "quartet.matmul(" not in graph for graph in swizzled_everywhere)
+    assert len(native_everywhere) == 2
+    assert all("quartet.matmul_swizzled" in graph and "quartet.matmul(" not in graph for graph in native_everywhere)
     monkeypatch.undo()
     for a, b in zip(ours, step(module, x), strict=True):
         assert torch.equal(a, b)
 
 
-def test_rows_that_tma_cannot_read_stay_plain(swizzled_everywhere: list[str]) -> None:
+def test_rows_that_tma_cannot_read_stay_plain(native_everywhere: list[str]) -> None:
     """48 features: 24 bytes of codes a row. The backward products, padded to 128, are swizzled."""
     step(nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64)), torch.randn(16, 64, requires_grad=True), **{"quartet.min_features": 1})
-    forward, backward = swizzled_everywhere
+    forward, backward = native_everywhere
     assert forward.count("quartet.matmul(") == 1
     assert forward.count("quartet.matmul_swizzled(") == 1
     assert "quartet.matmul(" not in backward
@@ -99,12 +99,12 @@ def test_rows_that_tma_cannot_read_stay_plain(swizzled_everywhere: list[str]) ->
 
 class TestSnapshots(expecttest.TestCase):
     @pytest.fixture(autouse=True)
-    def graphs_of(self, swizzled_everywhere: list[str]) -> None:
-        self.graphs = swizzled_everywhere
+    def graphs_of(self, native_everywhere: list[str]) -> None:
+        self.graphs = native_everywhere
 
-    def test_forward_graph(self) -> None:
+    def test_graphs(self) -> None:
         step(MLP(), torch.randn(32, 64, requires_grad=True))
-        self.assertExpectedInline(self.graphs[0], """\
+        self.assertExpectedInline("\n\n".join(self.graphs), """\
 def forward(self, primals_1: "f32[128, 64]", primals_2: "f32[128]", primals_3: "f32[32, 64]", primals_4: "f32[64, 128]"):
 up_x = quartet.quantize(primals_3, 'four_over_six')
 up_x_scales_swizzled: "f8e4m3fn[512]" = quartet.swizzle(up_x_scales)
@@ -118,4 +118,36 @@ down_w = quartet.quantize(primals_4, 'four_over_six')
 down_w_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_w_scales)
 down_y_swizzled: "f32[32, 64]" = quartet.matmul_swizzled(down_x_codes, down_x_scales_swizzled, down_x_tensor_scale, down_w_codes, down_w_scales_swizzled, down_w_tensor_scale, None, 1.0, torch.float32)
 le: "b8[32, 128]" = aten.le.Scalar(relu, 0)
-return (down_y_swizzled, *up_x, *up_w, *down_x, *down_w, le)""")
+return (down_y_swizzled, *up_x, *up_w, *down_x, *down_w, le)
+
+def forward(self, *up_x, *up_w, *down_x, *down_w, le: "b8[32, 128]", tangents_1: "f32[32, 64]"):
+seeds: "i64[4]" = prims.inductor_seeds(4, device(type='cpu'))
+down_dw_e_both = quartet.quantize_grad_both(tangents_1, seeds, 1, 0, 'ms_eden')
+down_dw_e_tensor_scale_1: "f32[]" = down_dw_e_both[5]
+down_dw_e_scales_1: "f8e4m3fn[64, 8]" = down_dw_e_both[4]
+down_dw_e_scales_1_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_dw_e_scales_1)
+down_dw_e_codes_1: "u8[64, 64]" = down_dw_e_both[3]
+down_dx_e_scales_1_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_dx_e_scales_1)
+down_xt = quartet.requantize(*down_x, 128, seeds, 0, 'ms_eden')
+down_xt_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_xt_scales)
+down_dw_swizzled: "f32[64, 128]" = quartet.matmul_swizzled(down_dw_e_codes_1, down_dw_e_scales_1_swizzled, down_dw_e_tensor_scale_1, down_xt_codes, down_xt_scales_swizzled, down_xt_tensor_scale, None, 0.0078125, torch.float32)
+down_wt = quartet.requantize(*down_w, 128, seeds, 1, 'ms_eden')
+down_wt_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_wt_scales)
+down_dx_swizzled: "f32[32, 128]" = quartet.matmul_swizzled(down_dx_e_codes_1, down_dx_e_scales_1_swizzled, down_dx_e_tensor_scale_1, down_wt_codes, down_wt_scales_swizzled, down_wt_tensor_scale, None, 0.0078125, torch.float32)
+full_default: "f32[]" = aten.full([], 0.0, dtype = torch.float32, layout = torch.strided, device = device(type='cpu'), pin_memory = False)
+where: "f32[32, 128]" = aten.where.self(le, full_default, down_dx_swizzled)
+up_wt = quartet.requantize(*up_w, 64, seeds, 2, 'ms_eden')
+up_wt_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(up_wt_scales)
+up_dx_e_both = quartet.quantize_grad_both(where, seeds, 2, 3, 'ms_eden')
+up_dw_e_tensor_scale_1: "f32[]" = up_dx_e_both[5]
+up_dw_e_scales_1: "f8e4m3fn[128, 8]" = up_dx_e_both[4]
+up_dw_e_scales_1_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(up_dw_e_scales_1)
+up_dw_e_codes_1: "u8[128, 64]" = up_dx_e_both[3]
+up_dx_e_scales_1_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(up_dx_e_scales_1)
+up_dx_swizzled: "f32[32, 64]" = quartet.matmul_swizzled(up_dx_e_codes_1, up_dx_e_scales_1_swizzled, up_dx_e_tensor_scale_1, up_wt_codes, up_wt_scales_swizzled, up_wt_tensor_scale, None, 0.0078125, torch.float32)
+up_xt = quartet.requantize(*up_x, 64, seeds, 3, 'ms_eden')
+up_xt_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(up_xt_scales)
+up_dw_swizzled: "f32[128, 64]" = quartet.matmul_swizzled(up_dw_e_codes_1, up_dw_e_scales_1_swizzled, up_dw_e_tensor_scale_1, up_xt_codes, up_xt_scales_swizzled, up_xt_tensor_scale, None, 0.0078125, torch.float32)
+sum_1: "f32[1, 128]" = aten.sum.dim_IntList(where, [0], True)
+view: "f32[128]" = aten.reshape(sum_1, [128])
+return (up_dw_swizzled, view, up_dx_swizzled, down_dw_swizzled)""")
