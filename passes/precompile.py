@@ -37,7 +37,8 @@ def submit(nodes: list[Node]) -> int:
         values = torch.fx.node.map_arg(tuple(node.args), lambda n: n.meta["val"])
         example: Any = next(v for v in values if isinstance(v, torch.Tensor))
         with example.fake_mode:
-            for job in precompile.rehearse(ops.ON_GPU[node.target], values):
+            target: Any = node.target
+            for job in precompile.rehearse(ops.ON_GPU[target], values):
                 by_device.setdefault(example.device, {}).setdefault(precompile.signature(job), job)
     for device, jobs in by_device.items():
         precompile.submit(jobs.values(), device)

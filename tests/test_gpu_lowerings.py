@@ -78,7 +78,7 @@ def test_products_of_values(out_dtype: torch.dtype, bias: torch.dtype | None, au
 
         ours = torch.compile(product, options={"max_autotune": autotune}, dynamic=False)(left, right).cpu()
         if autotune and row is not None and out_dtype == torch.float32:
-            # Where K is a single step, Triton starts the sum with the bias: tensor cores drop what is below the last bit of the largest term.
+            # Where K is a single step, Triton starts the sum with the bias: tensor cores drop what is below the largest term's last bit.
             assert ((ours - expected).abs() <= 2.0**-22 * expected.abs().clamp(min=64)).all()
         else:
             assert torch.equal(ours, expected)

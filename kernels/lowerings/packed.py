@@ -76,21 +76,23 @@ def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and device_target(device).capability >= 90
 
 
-def _is_one_number(a_codes: Any, b_codes: Any) -> bool:
+def _is_one_number(operands: Any) -> bool:
     """Whether the product is [1, 1]: Inductor drops the mask of a template that stores a single number."""
-    return all(statically_known_true(codes.get_size()[0] == 1) for codes in (a_codes, b_codes))
+    return all(statically_known_true(codes.get_size()[0] == 1) for codes in (operands[0], operands[3]))
 
 
-@lowering(quartet.matmul.default, when=lambda *args: is_native(args[0].get_device()) and not _is_one_number(args[0], args[3]))
-def matmul(a_codes: Any, a_scales: Any, a_g: Any, b_codes: Any, b_scales: Any, b_g: Any, bias: Any, scale: float, dtype: torch.dtype) -> Any:
+@lowering(quartet.matmul.default, when=lambda *args: is_native(args[0].get_device()) and not _is_one_number(args))
+def matmul(
+    a_codes: Any, a_scales: Any, a_g: Any, b_codes: Any, b_scales: Any, b_g: Any, bias: Any, scale: float, dtype: torch.dtype
+) -> Any:  # fmt: skip
     """Plain scales."""
     return _product([a_codes, a_scales, a_g, b_codes, b_scales, b_g], bias, scale, dtype, swizzled=False)
 
 
-@lowering(quartet.matmul_swizzled.default, when=lambda *args: has_tma(args[0].get_device()) and not _is_one_number(args[0], args[3]))
+@lowering(quartet.matmul_swizzled.default, when=lambda *args: has_tma(args[0].get_device()) and not _is_one_number(args))
 def matmul_swizzled(
     a_codes: Any, a_scales: Any, a_g: Any, b_codes: Any, b_scales: Any, b_g: Any, bias: Any, scale: float, dtype: torch.dtype
-) -> Any:
+) -> Any:  # fmt: skip
     """Scales in tiles."""
     return _product([a_codes, a_scales, a_g, b_codes, b_scales, b_g], bias, scale, dtype, swizzled=True)
 
@@ -109,7 +111,7 @@ def swizzle(scales: Any) -> Any:
 
 def _product(operands: list[Any], bias: Any, scale: float, out_dtype: torch.dtype, *, swizzled: bool) -> Any:
     inputs = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(x)) for x in operands]
-    device = inputs[0].get_device()
+    device: Any = inputs[0].get_device()
     # With a bias, the template's own result is float32, of which nothing is stored once the addition is fused into it.
     layout = ir.FixedLayout(device, torch.float32 if bias is not None else out_dtype, [inputs[0].get_size()[0], inputs[3].get_size()[0]])
     target = device_target(device)

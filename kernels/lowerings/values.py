@@ -57,9 +57,9 @@ def _product(a: Any, b: Any, bias: Any, out_dtype: torch.dtype) -> Any:
     library = PRODUCT if bias is None else PRODUCT_WITH_BIAS
     library.maybe_append_choice(choices, input_nodes=[*map(realize_inputs, biases), a, b], layout=layout)
     if autotunes() and use_triton_template(layout):
-        templates = [mm_template]
+        templates: list[Any] = [mm_template]
         if use_triton_tma_template(a, b, output_layout=layout, add_guards=True):
             templates.append(persistent_tma_mm_template)
-        name, scalars = ("mm", None) if bias is None else ("addmm", {"alpha": 1, "beta": 1})
+        name, scalars = ("mm", None) if bias is None else ("addmm", dict[str, float | int](alpha=1, beta=1))
         choices += V.choices.get_template_configs(MMKernelInputs(inputs, scalars, out_dtype), templates, name)
     return best("quartet_product", choices, inputs, layout)

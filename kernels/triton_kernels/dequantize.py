@@ -44,7 +44,7 @@ def dequantize(codes: Tensor, scales: Tensor, a_scale: Tensor, b_scale: Tensor, 
     if groups:
         with on_device_of(codes):
             launch(
-                dequantize_kernel, triton.cdiv(groups, block), codes, scales.view(torch.uint8), a_scale, b_scale, scale_exponent, out, groups,
-                SECOND=second, BLOCK=block, num_warps=4,
+                dequantize_kernel, triton.cdiv(groups, block),
+                codes, scales.view(torch.uint8), a_scale, b_scale, scale_exponent, out, groups, SECOND=second, BLOCK=block, num_warps=4,
             )  # fmt: skip
     return out

@@ -56,27 +56,31 @@ def exact_values(y, peak_bits, seed, row, block, scale, STREAM: tl.constexpr):
 
 @triton.jit
 def _needs_exact(smallest_exponent, peak_bits, incoming):
-    """Whether rows whose smallest t has this exponent (biased) must be made again.
+    """1 where rows whose smallest t has this exponent (biased) must be made again, else 0.
 
     incoming: the power of two that the values carry besides g. The bound, 2^-6 * g, is a power of two: exponents decide.
     """
     g, finite = scale_of(peak_bits)
     total = g * incoming
-    near_the_end = (g < _SMALLEST_TENSOR_SCALE) | (total < _SMALLEST_TENSOR_SCALE) | (not finite)
-    return near_the_end | (smallest_exponent < (bits_of(g) >> 23) - 6)
+    near_the_end = (g < _SMALLEST_TENSOR_SCALE) | (total < _SMALLEST_TENSOR_SCALE) | (finite == 0)
+    return near_the_end.to(tl.int32) | (smallest_exponent < (bits_of(g) >> 23) - 6).to(tl.int32)
+
+
+CHUNK_ROWS = tl.constexpr(16)
+"""Rows that are made again together: as few as tensor cores take."""
+
+CHECKED_CHUNKS = tl.constexpr(32)
+"""Chunks that a program of a second launch looks at together."""
 
 
 @triton.jit
-def tile_needs_exact(exponents, tile, peak_bits, incoming, ROWS: tl.constexpr):
-    smallest = tl.load(exponents + tile * ROWS + tl.arange(0, ROWS)).to(tl.int32)
-    return _needs_exact(tl.min(smallest, 0), peak_bits, incoming)
-
-
-@triton.jit
-def any_tile_needs_exact(exponents, first_tile, tiles, peak_bits, incoming, ROWS: tl.constexpr, TILES: tl.constexpr):
-    at = tl.arange(0, TILES * ROWS)
-    smallest = tl.load(exponents + first_tile * ROWS + at, mask=at < (tiles - first_tile) * ROWS, other=255).to(tl.int32)
-    return _needs_exact(tl.min(smallest, 0), peak_bits, incoming)
+def chunks_that_need_exact(exponents, first, chunks, peak_bits, incoming):
+    """Bit i: whether chunk first + i of `exponents`, uint8 [chunks, CHUNK_ROWS], must be made again."""
+    i = tl.arange(0, CHECKED_CHUNKS)
+    present = first + i < chunks
+    at = (first + i)[:, None] * CHUNK_ROWS + tl.arange(0, CHUNK_ROWS)[None, :]
+    smallest = tl.load(exponents + at, mask=present[:, None], other=255).to(tl.int32)
+    return tl.sum((present.to(tl.int32) & _needs_exact(tl.min(smallest, 1), peak_bits, incoming)) << i, 0)
 
 
 @triton.jit

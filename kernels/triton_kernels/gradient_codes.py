@@ -175,27 +175,25 @@ def both_at_once(capability: int, dtype: torch.dtype) -> bool:
 Packed = tuple[Tensor, Tensor, Tensor]
 
 
-def _quantize(
-    e: Tensor, seeds: Tensor, index: int | None, transposed_index: int | None, rule: str, rank: int
-) -> tuple[Packed | None, Packed | None]:
-    """The orientations that have an index."""
+def _quantize(e: Tensor, seeds: Tensor, index: int | None, transposed_index: int | None, rule: str, rank: int) -> list[Packed]:
+    """The orientations that have an index, along N first."""
     if rule != "ms_eden":
         raise ValueError(f"no backward rule {rule!r}")
     target, (rows, columns) = target_of(e), e.shape
     asked = {"ROW": index is not None, "COLUMN": transposed_index is not None}
     if all(asked.values()) and not both_at_once(target.capability, e.dtype):
-        row, _ = _quantize(e, seeds, index, None, rule, rank)
-        return row, _quantize(e, seeds, None, transposed_index, rule, rank)[1]
+        return [*_quantize(e, seeds, index, None, rule, rank), *_quantize(e, seeds, None, transposed_index, rule, rank)]
     if max(map(abs, e.stride())) >= 2**24:
         e = e.contiguous()  # offsets within a tile are 32-bit
     row = empty_packed(e, rows, ceil_to(columns, ROTATION)) if asked["ROW"] else None
     column = empty_packed(e, columns, ceil_to(rows, ROTATION)) if asked["COLUMN"] else None
+    made = [packed for packed in (row, column) if packed is not None]
     if e.numel() == 0:
-        for packed in filter(None, (row, column)):
-            packed[2].fill_(1.0)
-        return row, column
-    _launch(e, seeds, index or 0, transposed_index or 0, rank, row, column, target, asked)
-    return row, column
+        for _, _, tensor_scale in made:
+            tensor_scale.fill_(1.0)
+    else:
+        _launch(e, seeds, index or 0, transposed_index or 0, rank, row, column, target, asked)
+    return made
 
 
 def _launch(
@@ -232,9 +230,7 @@ def _launch(
 
 def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, rank: int) -> Packed:
     """Rotate and quantize e [M, N] along N, or along M into [N, ...] with `transpose`."""
-    straight, turned = (None, index) if transpose else (index, None)
-    row, column = _quantize(e, seeds, straight, turned, rule, rank)
-    return column if transpose else row
+    return _quantize(e, seeds, *((None, index) if transpose else (index, None)), rule, rank)[0]
 
 
 def quantize_grad_both(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, rank: int) -> tuple[Tensor, ...]:

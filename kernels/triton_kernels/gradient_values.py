@@ -14,12 +14,13 @@ from torch import Tensor
 
 from quartet_compile.kernels.format import ROTATION, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_values import (
-    any_tile_needs_exact,
+    CHECKED_CHUNKS,
+    CHUNK_ROWS,
+    chunks_that_need_exact,
     exact_values,
     fast_values,
     store_smallest,
     store_values,
-    tile_needs_exact,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
@@ -92,9 +93,9 @@ _COUNTS = ["row_index", "column_index", "rank", "rows", "columns", "row_stride",
 def gradient_again_kernel(
     x, rotations, row_out, column_out, row_program_peaks, column_program_peaks, row_exponents, column_exponents, seeds,
     row_index, column_index, rank, scale, rows, columns, row_stride, column_stride, tiles, programs,
-    ROW: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The tiles that need the tensor scale, now that it is known: a program looks at TILES of them, then at others, as many as there are.
+    """The chunks of rows that need the tensor scale, now that it is known. Any number of programs.
 
     Both orientations are the same code with the sides of x exchanged: where both are asked for, the second half of the checks turns them.
     """
@@ -102,15 +103,17 @@ def gradient_again_kernel(
     tl.static_assert(not (ROW and COLUMN) or ROWS == COLUMNS)
     row_bits = largest_peak(row_program_peaks, programs if ROW else 0)
     column_bits = largest_peak(column_program_peaks, programs if COLUMN else 0)
-    checks = tl.cdiv(tiles, TILES)
+    chunks = tiles * (HEIGHT // CHUNK_ROWS)
+    checks = tl.cdiv(chunks, CHECKED_CHUNKS)
     for check in range(tl.program_id(0), checks * (2 if ROW and COLUMN else 1), tl.num_programs(0)):
         turned = check >= (checks if ROW else 0)
-        first = check % checks * TILES
+        first = check % checks * CHECKED_CHUNKS
         exponents = row_exponents
         if turned:
             exponents = column_exponents
         bits = tl.where(turned, column_bits, row_bits)
-        if any_tile_needs_exact(exponents, first, tiles, bits, 1.0, HEIGHT, TILES):
+        marked = chunks_that_need_exact(exponents, first, chunks, bits, 1.0)
+        if marked != 0:
             out, index = row_out, row_index
             down, across, down_stride, across_stride = rows, columns, row_stride, column_stride
             if turned:
@@ -120,19 +123,17 @@ def gradient_again_kernel(
             strips = tl.cdiv(down, HEIGHT)
             rotation = load_rotation(rotations, index, x.dtype.element_ty)
             seed = seed_of_rank(seeds, index, rank)
-            i = tl.arange(0, HEIGHT)
-            for tile in range(first, tl.minimum(first + TILES, tiles)):
-                if tile_needs_exact(exponents, tile, bits, 1.0, HEIGHT):
+            i = tl.arange(0, CHUNK_ROWS)
+            for c in range(CHECKED_CHUNKS):
+                if (marked >> c) & 1:
+                    row = (first + c) * CHUNK_ROWS
+                    tile = row // HEIGHT
                     # Tiles of x were counted along its rows first.
                     block = tl.where(turned, tile // strips, tile % blocks)
-                    first_row = tl.where(turned, tile % strips, tile // blocks) * HEIGHT
-                    values = load_tile(x, first_row, block * 128, down, across, down_stride, across_stride, HEIGHT, 128)
+                    first_row = tl.where(turned, tile % strips, tile // blocks) * HEIGHT + row % HEIGHT
+                    values = load_tile(x, first_row, block * 128, down, across, down_stride, across_stride, CHUNK_ROWS, 128)
                     values = exact_values(rotate(values, rotation, True), bits, seed, first_row + i, block, scale, STREAM_GRADIENT)
                     store_values(values, out, first_row, i, down, block, blocks)
-
-
-TILES_A_CHECK = 16
-"""Tiles that a program of the second launch looks at together."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,5 @@ def grad_values(
     forms = {**asked, "ROWS": tile.rows, "COLUMNS": tile.columns}
     with on_device_of(e):
         launch(gradient_values_kernel, programs, *arguments, **forms, STAGES=tile.stages, **tile.options, **FUSED)
-        checks = min(sum(asked.values()) * triton.cdiv(tiles, TILES_A_CHECK), 2 * target.processors)
-        launch(gradient_again_kernel, checks, *arguments, programs, **forms, TILES=TILES_A_CHECK, num_warps=8, **EXACT)
+        launch(gradient_again_kernel, 4 * target.processors, *arguments, programs, **forms, num_warps=4, **EXACT)
     return row_out, column_out

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from quartet_compile.kernels.format import ROTATION, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_values import (
-    any_tile_needs_exact,
+    CHECKED_CHUNKS,
+    CHUNK_ROWS,
+    chunks_that_need_exact,
     exact_values,
     fast_values,
     store_smallest,
     store_values,
-    tile_needs_exact,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, Target, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
@@ -143,26 +144,30 @@ def saved_values_kernel(
 @triton.jit(do_not_specialize=["index", "rank", "tiles", "programs"])
 def saved_again_kernel(
     codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, tiles, programs,
-    COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The tiles of `saved_values_kernel` that need the tensor scale, now that it is known. A program looks at TILES of them at a time."""
+    """The chunks of rows of `saved_values_kernel` that need the tensor scale, now that it is known. Any number of programs."""
     bits = largest_peak(program_peaks, programs)
     g = tl.load(incoming)
-    for check in range(tl.program_id(0), tl.cdiv(tiles, TILES), tl.num_programs(0)):
-        first = check * TILES
-        if any_tile_needs_exact(exponents, first, tiles, bits, g, COLUMNS, TILES):
+    chunks = tiles * (COLUMNS // CHUNK_ROWS)
+    for check in range(tl.program_id(0), tl.cdiv(chunks, CHECKED_CHUNKS), tl.num_programs(0)):
+        first = check * CHECKED_CHUNKS
+        marked = chunks_that_need_exact(exponents, first, chunks, bits, g)
+        if marked != 0:
             strips = tl.cdiv(columns, COLUMNS)
             matrix = load_rotation(rotations, index, tl.bfloat16)
             seed = seed_of_rank(seeds, index, rank)
-            i = column_order(COLUMNS)
-            for tile in range(first, tl.minimum(first + TILES, tiles)):
-                if tile_needs_exact(exponents, tile, bits, g, COLUMNS):
+            i = column_order(CHUNK_ROWS)
+            for c in range(CHECKED_CHUNKS):
+                if (marked >> c) & 1:
+                    column = (first + c) * CHUNK_ROWS
+                    tile = column // COLUMNS
                     block = tile // strips
-                    strip = tile % strips
-                    words, bytes_ = load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS)
-                    rotated = rotate(tl.trans(unpack(words, bytes_, COLUMNS)), matrix, True) * UNIT
-                    values = exact_values(rotated, bits, seed, strip * COLUMNS + i, block, g, STREAM_SAVED)
-                    store_values(values, out, strip * COLUMNS, i, columns, block, tl.cdiv(length, 128))
+                    strip = tile % strips * (COLUMNS // CHUNK_ROWS) + column % COLUMNS // CHUNK_ROWS
+                    words, bytes_ = load_packed(codes, scales, block, strip, length, groups_per_row, CHUNK_ROWS)
+                    rotated = rotate(tl.trans(unpack(words, bytes_, CHUNK_ROWS)), matrix, True) * UNIT
+                    values = exact_values(rotated, bits, seed, strip * CHUNK_ROWS + i, block, g, STREAM_SAVED)
+                    store_values(values, out, strip * CHUNK_ROWS, i, columns, block, tl.cdiv(length, 128))
 
 
 TILE_COLUMNS = 64
@@ -171,9 +176,6 @@ CHUNK = 8
 
 OPTIONS = {"num_warps": 4}
 """Launch options of `saved_values_kernel`."""
-
-TILES_A_CHECK = 32
-"""Tiles that a program of the second launch looks at together."""
 
 
 def chunk_of(tiles: int, target: Target) -> int:
@@ -204,9 +206,7 @@ def requantize_values(
     )  # fmt: skip
     with on_device_of(codes):
         launch(saved_values_kernel, programs, *arguments, chunk, COLUMNS=TILE_COLUMNS, **OPTIONS, **FUSED)
-        tiles = blocks * strips
-        checks = min(triton.cdiv(tiles, TILES_A_CHECK), 2 * target.processors)
         launch(
-            saved_again_kernel, checks, *arguments, tiles, programs, COLUMNS=TILE_COLUMNS, TILES=TILES_A_CHECK, num_warps=8, **EXACT
+            saved_again_kernel, 4 * target.processors, *arguments, blocks * strips, programs, COLUMNS=TILE_COLUMNS, num_warps=4, **EXACT
         )  # fmt: skip
     return out
