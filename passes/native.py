@@ -46,7 +46,7 @@ def read_gradients_once(graph: Graph, native: Callable[[torch.device], bool]) ->
     """Make one call of two that quantize a gradient in its two orientations; in place."""
     waiting: dict[Any, Node] = {}
     for node in graph.find_nodes(op="call_function", target=quartet.quantize_grad.default):
-        e, seeds, index, rule, transpose = node.args
+        e, seeds, _, rule, transpose = node.args
         other = waiting.pop((e, seeds, rule, not transpose), None)
         if other is None:
             if native(node.meta["val"][0].device):

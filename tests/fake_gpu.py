@@ -97,7 +97,7 @@ def fake_gpu(capability: int) -> Iterator[None]:
             stack.enter_context(mock.patch.object(CudaInterface, name, staticmethod(function)))
         for name in ("current_device", "get_device_properties"):
             stack.enter_context(mock.patch.object(CudaInterface.Worker, name, staticmethod(of_interface[name])))
-        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context", lambda *_: None))
+        stack.enter_context(mock.patch.object(fake_tensor, "init_gpu_context"))
         before = triton.runtime.driver._active
         triton.runtime.driver.set_active(_Driver(capability))
         _forget_devices(device_target)
@@ -132,7 +132,7 @@ class Generated:
 
     def compiled(self, capability: int) -> Any:
         """The binary for a GPU, with the signature and the first launch options that Inductor gives it."""
-        with mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None):
+        with mock.patch.object(triton_helpers, "set_driver_to_gpu"):
             tuner = getattr(PyCodeCache.load(self.source), self.name)
         launch = tuner.configs[0]
         constants = {**tuner.triton_meta["constants"], **launch.kwargs}
@@ -155,7 +155,7 @@ def generate(function: Callable[..., Any], inputs: Callable[[], list[torch.Tenso
         with contextlib.ExitStack() as stack:
             for handler in handlers:
                 stack.enter_context(handler)
-            stack.enter_context(mock.patch("torch._inductor.async_compile.AsyncCompile.triton", lambda *_, **__: None))
+            stack.enter_context(mock.patch("torch._inductor.async_compile.AsyncCompile.triton", return_value=None))
             graph.run(*examples)
             code: Any = graph.codegen()[0]
     text = code if isinstance(code, str) else code.value

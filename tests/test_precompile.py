@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def test_a_rehearsal_notes_the_launches_of_an_operator() -> None:
     assert types[:4] == (torch.int32, torch.int32, torch.uint8, torch.int32)  # x, codes, scales, values
     assert options["VALUES"] is True
     assert options["num_warps"] == 8
+
+
+def test_other_threads_launch_during_a_rehearsal() -> None:
+    launched: list[int] = []
+    with launch.rehearsal() as noted:
+        launch.launch({(1,): lambda: launched.append(0)}, 1)
+        thread = threading.Thread(target=launch.launch, args=({(1,): lambda: launched.append(1)}, 1))
+        thread.start()
+        thread.join()
+    assert launched == [1]
+    assert len(noted) == 1
 
 
 def test_float32_is_another_kernel() -> None:

@@ -6,9 +6,12 @@ multiplies; `gradient_values` and `saved_values` make those operands in bfloat16
 `quartet_compile.kernels.reference_ops` bit for bit, but for near-ties decided by the order of float32 additions in rotations and products.
 """
 
+import sys
+
 from quartet_compile.kernels.triton_kernels.forward import quantize, quantize_with_values
 from quartet_compile.kernels.triton_kernels.gradient_codes import quantize_grad, quantize_grad_both
 from quartet_compile.kernels.triton_kernels.gradient_values import grad_values
+from quartet_compile.kernels.triton_kernels.launch import hash_in_order
 from quartet_compile.kernels.triton_kernels.matmul import matmul, matmul_values
 from quartet_compile.kernels.triton_kernels.packed_product import matmul_packed
 from quartet_compile.kernels.triton_kernels.rotation import rotations
@@ -19,3 +22,5 @@ __all__ = [
     "grad_values", "matmul", "matmul_packed", "matmul_values", "quantize", "quantize_grad", "quantize_grad_both", "quantize_with_values",
     "requantize", "requantize_values", "rotations",
 ]  # fmt: skip
+
+hash_in_order(module for name, module in sorted(sys.modules.items()) if name.startswith(f"{__name__}."))

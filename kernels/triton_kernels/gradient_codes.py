@@ -25,7 +25,7 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
 from quartet_compile.kernels.triton_kernels.gradient_values import load_tile
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, Target, empty_packed, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
-from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, seed_of_rank
+from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
 
 
@@ -58,12 +58,13 @@ def gradient_codes_kernel(
     """
     largest_in_rows = tl.zeros((ROWS,), tl.int32)
     largest_in_columns = tl.zeros((COLUMNS,), tl.int32)
+    row_seed = seed_of_rank(seeds, row_index, rank)
+    column_seed = seed_of_rank(seeds, column_index, rank)
     if ROW:
-        row_rotation = signed_hadamard(seed_of_rank(seeds, row_index, rank), x.dtype.element_ty, PERMUTED)
+        row_rotation = signed_hadamard(row_seed, x.dtype.element_ty, PERMUTED)
     if COLUMN:
-        column_rotation = signed_hadamard(seed_of_rank(seeds, column_index, rank), x.dtype.element_ty, PERMUTED)
+        column_rotation = signed_hadamard(column_seed, x.dtype.element_ty, PERMUTED)
     across = tl.cdiv(columns, COLUMNS)
-    # Seeds are read again in every turn: the keys of Philox's rounds, kept for all of them, would take 20 registers each.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         down = tile // across
         right = tile % across
@@ -71,13 +72,13 @@ def gradient_codes_kernel(
         if ROW:
             bits = _emit(
                 values, row_rotation, row_codes, row_scales, row_exponents, down * ROWS, rows, right, tl.cdiv(columns, 128), tile,
-                seed_of_rank(seeds, row_index, rank), PERMUTED, NATIVE, WHOLE,
+                anew(row_seed), PERMUTED, NATIVE, WHOLE,
             )  # fmt: skip
             largest_in_rows = tl.maximum(largest_in_rows, bits)
         if COLUMN:
             bits = _emit(
                 tl.trans(values), column_rotation, column_codes, column_scales, column_exponents, right * COLUMNS, columns, down,
-                tl.cdiv(rows, 128), tile, seed_of_rank(seeds, column_index, rank), PERMUTED, NATIVE, WHOLE,
+                tl.cdiv(rows, 128), tile, anew(column_seed), PERMUTED, NATIVE, WHOLE,
             )  # fmt: skip
             largest_in_columns = tl.maximum(largest_in_columns, bits)
     if ROW:
@@ -230,7 +231,8 @@ def _launch(
 
 def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, rank: int) -> Packed:
     """Rotate and quantize e [M, N] along N, or along M into [N, ...] with `transpose`."""
-    return _quantize(e, seeds, *((None, index) if transpose else (index, None)), rule, rank)[0]
+    straight, turned = (None, index) if transpose else (index, None)
+    return _quantize(e, seeds, straight, turned, rule, rank)[0]
 
 
 def quantize_grad_both(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, rank: int) -> tuple[Tensor, ...]:

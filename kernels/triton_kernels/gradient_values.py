@@ -24,7 +24,7 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
-from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, seed_of_rank
+from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
 
 
@@ -61,24 +61,26 @@ def gradient_values_kernel(
     column_peaks = tl.zeros((COLUMNS,), tl.int32)
     if ROW:
         row_rotation = load_rotation(rotations, row_index, x.dtype.element_ty)
+        row_seed = seed_of_rank(seeds, row_index, rank)
     if COLUMN:
         column_rotation = load_rotation(rotations, column_index, x.dtype.element_ty)
+        column_seed = seed_of_rank(seeds, column_index, rank)
     across = tl.cdiv(columns, COLUMNS)
-    # Seeds are read again in every turn: the keys of Philox's rounds, kept for all of them, would take 20 registers each.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         down = tile // across
         right = tile % across
         values = load_tile(x, down * ROWS, right * COLUMNS, rows, columns, row_stride, column_stride, ROWS, COLUMNS)
         if ROW:
             blocks = tl.cdiv(columns, 128)
-            seed = seed_of_rank(seeds, row_index, rank)
-            bits = _emit(values, row_rotation, row_out, down * ROWS, rows, right, blocks, row_exponents, tile, seed, scale)
+            bits = _emit(values, row_rotation, row_out, down * ROWS, rows, right, blocks, row_exponents, tile, anew(row_seed), scale)
             row_peaks = tl.maximum(row_peaks, bits)
         if COLUMN:
             blocks = tl.cdiv(rows, 128)
-            seed = seed_of_rank(seeds, column_index, rank)
             turned = tl.trans(values)
-            bits = _emit(turned, column_rotation, column_out, right * COLUMNS, columns, down, blocks, column_exponents, tile, seed, scale)
+            bits = _emit(
+                turned, column_rotation, column_out, right * COLUMNS, columns, down, blocks, column_exponents, tile,
+                anew(column_seed), scale,
+            )  # fmt: skip
             column_peaks = tl.maximum(column_peaks, bits)
     if ROW:
         store_peak(row_peaks, row_program_peaks)

@@ -2,13 +2,16 @@
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 log = logging.getLogger("quartet_compile")
@@ -67,7 +70,7 @@ def target_of(x: Tensor) -> Target:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda and _rehearsed is None else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and _rehearsed.get() is None else nullcontext()
 
 
 def empty_packed(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,6 +82,20 @@ def empty_packed(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor,
     )
 
 
+def hash_in_order(modules: Iterable[ModuleType]) -> None:
+    """Hash the device functions of these modules, by name.
+
+    Up to Triton 3.6 a kernel's hash, by which its binary is found on disk, depends on which other kernels were hashed before it: on what
+    is launched first, which differs from process to process.
+    """
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) or triton.knobs.runtime.interpret:
+        return
+    for module in modules:
+        for _, function in sorted(vars(module).items()):
+            if isinstance(function, triton.JITFunction) and function.fn.__module__ == module.__name__:
+                _ = function.cache_key
+
+
 # ---------------------------------------------------------------- launching
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -87,24 +104,26 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]
 pending: list[Future[None]] = []
 """Compilations under way in other processes (`precompile`)."""
 
-_rehearsed: list[Launch] | None = None
+_rehearsed: ContextVar[list[Launch] | None] = ContextVar("rehearsed", default=None)
+"""The launches of the rehearsal that this thread is in; other threads go on launching."""
 
 
 @contextmanager
 def rehearsal() -> Iterator[list[Launch]]:
     """Launches are noted, not done."""
-    global _rehearsed
-    before, _rehearsed = _rehearsed, []
+    launches: list[Launch] = []
+    token = _rehearsed.set(launches)
     try:
-        yield _rehearsed
+        yield launches
     finally:
-        _rehearsed = before
+        _rehearsed.reset(token)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
     """``kernel[(programs,)](*arguments, **options)``."""
-    if _rehearsed is not None:
-        _rehearsed.append((kernel, arguments, options))
+    noted = _rehearsed.get()
+    if noted is not None:
+        noted.append((kernel, arguments, options))
         return
     if pending:
         _wait()
@@ -122,4 +141,4 @@ def _wait() -> None:
 
 def is_aligned(x: Tensor) -> bool:
     """Whether x starts at a multiple of 16 bytes; a tensor without memory is taken to."""
-    return _rehearsed is not None or x.data_ptr() % 16 == 0
+    return _rehearsed.get() is not None or x.data_ptr() % 16 == 0

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from quartet_compile.kernels import philox
+from quartet_compile.kernels.triton_kernels.numbers import INTERPRET
 
 STREAM_GRADIENT = tl.constexpr(philox.STREAM_GRADIENT)
 STREAM_SAVED = tl.constexpr(philox.STREAM_SAVED)
@@ -22,6 +23,14 @@ _ROUNDS = tl.constexpr(philox.ROUNDS)
 def seed_of_rank(seeds, index, rank):
     """seeds[index] mixed with the process's rank, int64."""
     return tl.load(seeds + index) + rank.to(tl.int64) * _RANK_STEP
+
+
+@triton.jit
+def anew(seed):
+    """The seed, as if it were not known from the turn before: a loop else keeps the keys of all Philox's rounds, 20 registers."""
+    if not INTERPRET:
+        seed = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [seed], dtype=tl.int64, is_pure=False, pack=1)
+    return seed
 
 
 @triton.jit
