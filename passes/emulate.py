@@ -30,7 +30,7 @@ quartet = torch.ops.quartet
 QUANTIZERS = (quartet.quantize.default, quartet.quantize_grad.default, quartet.requantize.default)
 
 
-def has_fp4_tensor_cores(device: torch.device) -> bool:
+def multiplies_packed(device: torch.device) -> bool:
     """True for a device whose packed product is native, and for one that emulates in its own way: the CPU."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 10
 
@@ -38,7 +38,7 @@ def has_fp4_tensor_cores(device: torch.device) -> bool:
 class EmulationPass(CustomGraphPass):
     """`emulate` as a custom pass of Inductor behind the partitioner."""
 
-    def __init__(self, native: Callable[[torch.device], bool] = has_fp4_tensor_cores) -> None:
+    def __init__(self, native: Callable[[torch.device], bool] = multiplies_packed) -> None:
         self.native = native
 
     def __call__(self, graph: Graph) -> None:
@@ -48,7 +48,7 @@ class EmulationPass(CustomGraphPass):
         return "quartet emulation", source_hash(), self.native.__module__, self.native.__qualname__
 
 
-def emulate(graph: Graph, native: Callable[[torch.device], bool] = has_fp4_tensor_cores) -> None:
+def emulate(graph: Graph, native: Callable[[torch.device], bool] = multiplies_packed) -> None:
     """Rewrite, in place, the products on devices that are not native."""
     products: list[tuple[Node, Node, Node]] = []
     scales: dict[Node, float] = {}

@@ -10,8 +10,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 OPERATORS = [
-    "copy", "quantize", "quantize_with_values", "quantize_grad row", "quantize_grad transposed", "grad_values row",
-    "grad_values transposed", "grad_values both", "requantize", "requantize_values", "dequantize",
+    "copy", "quantize", "quantize_with_values", "quantize_grad row", "quantize_grad transposed",
+    "quantize_grad_both", "grad_values row", "grad_values transposed", "grad_values both", "requantize", "requantize_values", "dequantize",
 ]  # fmt: skip
 
 

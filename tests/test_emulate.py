@@ -16,7 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from quartet_compile import backend
-from quartet_compile.passes.emulate import EmulationPass, emulate, has_fp4_tensor_cores
+from quartet_compile.passes.emulate import EmulationPass, emulate, multiplies_packed
 
 quartet = torch.ops.quartet
 
@@ -209,7 +209,7 @@ def test_a_scale_that_no_gradient_can_take_stays_packed() -> None:
 
 
 def test_native_devices_multiply_codes() -> None:
-    assert has_fp4_tensor_cores(torch.device("cpu"))
+    assert multiplies_packed(torch.device("cpu"))
     graph = graph_of_a_product(1.0)
     before = targets(graph)
     emulate(graph)

@@ -28,7 +28,7 @@ def test_kernels_in_the_interpreter(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(UNUSABLE, reason="as above")
-@pytest.mark.parametrize("name", ["forward", "eden_values"])
+@pytest.mark.parametrize("name", ["forward", "quantizers", "eden_values"])
 def test_kernels_in_the_interpreter_slowly(name: str) -> None:
     run_interpreted(name, "slow and not gpu")
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 from triton_support import (
-    DTYPES,
+    BFLOAT16_FIRST,
     EXACT_SUMS,
     MATRICES,
     SHAPES,
     assert_equal,
     assert_near_ties_only,
     differences,
+    first,
     matrix,
     on_devices,
     packed_on,
@@ -38,9 +39,9 @@ from quartet_compile.kernels.triton_kernels import gradient_codes, launch, saved
 
 
 @on_devices
-@pytest.mark.parametrize("rule", ["four_over_six", "nearest"])
+@pytest.mark.parametrize("rule", first("four_over_six", "nearest"))
 @pytest.mark.parametrize("kind", MATRICES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_quantize_equals_the_reference(device, dtype, kind, rule):
     for shape in SHAPES[:3] if kind != "gauss" else SHAPES:
         x = matrix(kind, shape, dtype, device)
@@ -48,8 +49,8 @@ def test_quantize_equals_the_reference(device, dtype, kind, rule):
 
 
 @on_devices
-@pytest.mark.parametrize("factor", [3e38, 1e30, 1e-30, 1e-37, 1e-42, 1e-45])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", first(3e38, 1e-42, 1e30, 1e-30, 1e-37, 1e-45, fast=2))
+@pytest.mark.parametrize("dtype", first(torch.bfloat16, torch.float32))
 def test_quantize_at_the_ends_of_the_range(device, dtype, factor):
     x = (matrix("wide", (19, 48), torch.float64, device).clamp(-1, 1) * factor).to(dtype)
     assert_equal(triton_kernels.quantize(x, "four_over_six"), reference_ops.quantize(x.cpu(), "four_over_six"))
@@ -68,7 +69,7 @@ def strided_views(dtype: torch.dtype, device: str) -> dict[str, Tensor]:
 
 @on_devices
 @pytest.mark.parametrize("view", strided_views(torch.float32, "cpu"))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", first(torch.bfloat16, torch.float32))
 def test_strides_do_not_matter(device, dtype, view):
     x = strided_views(dtype, device)[view]
     assert_equal(triton_kernels.quantize(x, "four_over_six"), reference_ops.quantize(x.cpu(), "four_over_six"))
@@ -83,7 +84,7 @@ def test_strides_do_not_matter(device, dtype, view):
 @on_devices
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("kind", ["gauss", "outliers", "wide", "ties", "zero"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_quantize_grad_equals_the_reference(device, dtype, kind, transpose):
     for rank, shape in enumerate(SHAPES if kind == "gauss" else SHAPES[:2]):
         e = matrix(kind, shape, dtype, device, seed=rank)
@@ -96,7 +97,7 @@ def test_quantize_grad_equals_the_reference(device, dtype, kind, transpose):
 
 
 @on_devices
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_rotated_zeros(device, dtype):
     """A sum that cancels exactly is +0 here. The reference's butterflies can make it -0 where the data itself has zeros: the one
     difference in signs that is not a near-tie, and it changes no value."""
@@ -133,10 +134,11 @@ def test_requantize_equals_the_reference(device, kind):
 
 
 @on_devices
-@pytest.mark.parametrize(("permuted", "whole"), [(False, False), (False, True), (True, False)])
-def test_the_forms_for_other_gpus_change_nothing(device, permuted, whole, monkeypatch):
+@pytest.mark.parametrize("forms", first((False, True), (False, False), (True, False)), ids=str)
+def test_the_forms_for_other_gpus_change_nothing(device, forms, monkeypatch):
     if device == "cuda":
         pytest.skip("a GPU runs the one that suits it")
+    permuted, whole = forms
     monkeypatch.setattr(launch, "INTERPRETER", launch.Target(0, native=False, permuted=permuted, whole=whole, processors=1))
     e = quiet_rows(device)[:150, :200]
     for transpose in (False, True):
@@ -150,7 +152,7 @@ def test_the_forms_for_other_gpus_change_nothing(device, permuted, whole, monkey
 
 @on_devices
 @pytest.mark.parametrize("kind", ["gauss", "wide", "ties", "zero"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_both_orientations_from_one_read(device, dtype, kind):
     for shape in ((37, 70), (130, 257)) if kind == "gauss" else ((37, 70),):
         e = matrix(kind, shape, dtype, device)
@@ -208,9 +210,10 @@ def test_every_exponent_below_the_largest(device):
 
 
 @on_devices
-@pytest.mark.parametrize(("at", "bad"), [((17, 33), math.nan), ((0, 0), math.inf), ((36, 69), -math.inf), ((36, 0), math.nan)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_number_that_is_not_finite_makes_everything_nan(device, dtype, at, bad):
+@pytest.mark.parametrize("where", first(((17, 33), math.nan), ((0, 0), math.inf), ((36, 69), -math.inf), ((36, 0), math.nan)), ids=str)
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
+def test_a_number_that_is_not_finite_makes_everything_nan(device, dtype, where):
+    at, bad = where
     x = matrix("gauss", (37, 70), dtype, device)
     x[at] = bad
     results = [(triton_kernels.quantize(x, "four_over_six"), reference_ops.quantize(x.cpu(), "four_over_six"))]
