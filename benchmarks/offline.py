@@ -6,8 +6,11 @@ launchers. The tests look at what the compiler made of the kernels, `roofline` c
 
 from __future__ import annotations
 
+import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,9 @@ from quartet_compile.kernels.triton_kernels import (
     saved_codes,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, target_for
+
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
+"""Bytes that a program may have (CUDA C++ programming guide, table of technical specifications)."""
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -172,3 +178,13 @@ def compiled(case: Case, capability: int) -> Any:
     divisible = [i for i, name in enumerate(names) if signature[name].startswith("*") or case.types.get(name, "").endswith("!")]
     source = ASTSource(case.kernel, signature, case.constants, {(i,): [["tt.divisibility", 16]] for i in divisible})
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**EXACT, **case.options})
+
+
+def stack_bytes(binary: Any, folder: Path) -> int | None:
+    """Local memory of a thread, or None where this Triton's cuobjdump cannot tell."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    listing = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True)
+    found = re.search(r"STACK:(\d+)", listing.stdout + listing.stderr)
+    return int(found.group(1)) if found else None

@@ -71,12 +71,16 @@ def check_rule(op: str, rule: str, valid: tuple[str, ...]) -> None:
         raise ValueError(f"quartet.{op}: no rule {rule!r}; valid are {', '.join(valid)}")
 
 
-def check_packed(op: str, codes: Tensor, scales: Tensor, tensor_scale: Tensor) -> None:
+def check_packed_dtypes(op: str, codes: Tensor, scales: Tensor, tensor_scale: Tensor) -> None:
     if codes.dtype != torch.uint8 or scales.dtype != torch.float8_e4m3fn or tensor_scale.dtype != torch.float32:
         raise TypeError(
             f"quartet.{op}: an NVFP4 matrix is codes uint8, scales float8_e4m3fn and tensor_scale float32,"
             f" got {codes.dtype}, {scales.dtype}, {tensor_scale.dtype}"
         )
+
+
+def check_packed(op: str, codes: Tensor, scales: Tensor, tensor_scale: Tensor) -> None:
+    check_packed_dtypes(op, codes, scales, tensor_scale)
     if codes.dim() != 2 or scales.dim() != 2 or codes.shape[0] != scales.shape[0] or codes.shape[1] * 2 != scales.shape[1] * GROUP:
         raise ValueError(f"quartet.{op}: codes [M, K/2] and scales [M, K/16] do not fit: {tuple(codes.shape)} and {tuple(scales.shape)}")
 

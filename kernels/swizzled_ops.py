@@ -33,11 +33,7 @@ def _check_scales(scales: Tensor) -> None:
 
 
 def _check_operand(codes: Tensor, scales: Tensor, tensor_scale: Tensor) -> None:
-    if codes.dtype != torch.uint8 or scales.dtype != torch.float8_e4m3fn or tensor_scale.dtype != torch.float32:
-        raise TypeError(
-            "quartet.matmul_swizzled: an NVFP4 matrix is codes uint8, scales float8_e4m3fn and tensor_scale float32,"
-            f" got {codes.dtype}, {scales.dtype}, {tensor_scale.dtype}"
-        )
+    ops.check_packed_dtypes("matmul_swizzled", codes, scales, tensor_scale)
     if codes.dim() != 2 or scales.dim() != 1 or codes.shape[1] % GROUP:
         raise ValueError(
             f"quartet.matmul_swizzled: expected codes [M, K/2] with K a multiple of 32 and flat scales, got {tuple(codes.shape)} and"

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 import triton
+from offline import SHARED_MEMORY
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config
 from torch._inductor.codecache import PyCodeCache
@@ -29,9 +30,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
-"""Bytes that a program may have (CUDA C++ programming guide, table of technical specifications)."""
 
 
 class _Driver:

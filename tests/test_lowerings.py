@@ -12,8 +12,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fake_gpu import SHARED_MEMORY, Generated, fake_gpu, generate
-from test_triton_offline import stack_bytes
+from fake_gpu import Generated, fake_gpu, generate
+from offline import SHARED_MEMORY, stack_bytes
 
 import quartet_compile.kernels.lowerings  # noqa: F401  (registers them)
 from quartet_compile.kernels.lowerings import common, packed

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import warnings
 from dataclasses import replace
 
@@ -16,26 +15,13 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from offline import TORCH_DTYPES, Case, cases, compiled  # noqa: E402
+from offline import SHARED_MEMORY, TORCH_DTYPES, Case, cases, compiled, stack_bytes  # noqa: E402
 
 from quartet_compile.kernels.triton_kernels.launch import target_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 
 CAPABILITIES = (80, 89, 90, 100, 103, 120)
-SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 103: 227 * 1024, 120: 99 * 1024}
-"""Bytes that a program may have (CUDA C++ programming guide, table of technical specifications)."""
-
-
-def stack_bytes(binary, folder) -> int | None:
-    """Local memory of a thread, or None where this Triton's cuobjdump cannot tell."""
-    path = folder / "kernel.cubin"
-    path.write_bytes(binary.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    listing = subprocess.run([tool, "-res-usage", str(path)], capture_output=True, text=True)
-    found = re.search(r"STACK:(\d+)", listing.stdout + listing.stderr)
-    return int(found.group(1)) if found else None
-
 
 ONCE = ("align_saved", "dequantize", "saved", "words", "words_values")
 """Kernels that do not depend on the dtype of the operand."""

@@ -6,8 +6,6 @@ L2 cache. A program makes the matrices of its rotations once and walks over tile
 that need the tensor scale (`eden_codes`).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +20,7 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     store_provisional,
     store_tensor_scale,
 )
-from quartet_compile.kernels.triton_kernels.gradient_values import load_tile
+from quartet_compile.kernels.triton_kernels.gradient_values import Tile, load_tile
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, Target, empty_packed, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
@@ -137,17 +135,6 @@ def aligned_tiles(tile_rows: int) -> int:
 
 ALIGN_OPTIONS = {"num_warps": 8}
 """Launch options of `align_gradient_kernel`."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns of a tile, programs resident on a multiprocessor, and launch options."""
-
-    rows: int
-    columns: int
-    resident: int
-    stages: int
-    options: dict[str, int]
 
 
 def tile_for(capability: int, dtype: torch.dtype, row: bool, column: bool) -> Tile:
