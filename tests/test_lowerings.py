@@ -16,6 +16,7 @@ from fake_gpu import Generated, fake_gpu, generate
 from offline import SHARED_MEMORY, stack_bytes
 
 import quartet_compile.kernels.lowerings  # noqa: F401  (registers them)
+from quartet_compile.kernels.format import swizzle_scales
 from quartet_compile.kernels.lowerings import common, packed
 from quartet_compile.kernels.triton_kernels.launch import target_for
 from quartet_compile.kernels.triton_kernels.packed_product import product_tiles
@@ -90,6 +91,17 @@ def test_scales_and_codes_arrive_by_tma(capability: int) -> None:
     assert "cp.async.bulk.tensor.2d" in ptx  # codes
     if capability < 120:
         assert "tcgen05.cp" in ptx  # scales, from shared memory straight to tensor memory
+
+
+@pytest.mark.parametrize("shape", [(250, 32), (128, 4), (3, 5)])
+def test_scales_are_put_where_the_format_has_them(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowering of `swizzle`, compiled for the CPU."""
+    monkeypatch.setattr(packed, "has_tma", lambda device: True)
+    torch._dynamo.reset()
+    scales = torch.randint(0, 127, shape, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        ours = torch.compile(lambda s: quartet.swizzle(s), dynamic=False)(scales)
+    assert torch.equal(ours.view(torch.uint8), swizzle_scales(scales).view(torch.uint8))
 
 
 def test_decoded_on_hopper(tmp_path: Any) -> None:
