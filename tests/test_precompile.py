@@ -114,7 +114,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 def test_a_launch_finds_what_a_worker_compiled(tmp_path: Path) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join(sys.path)  # with the folders that pytest added
     environment = os.environ | {
         "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "2", "TRITON_INTERPRET": "0",
     }  # fmt: skip

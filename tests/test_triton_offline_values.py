@@ -13,6 +13,7 @@ from offline import SHARED_MEMORY, TORCH_DTYPES, Case, compiled, stack_bytes
 from test_triton_offline import pytestmark  # noqa: F401
 
 from quartet_compile.kernels.triton_kernels import gradient_values, rotation, saved_values
+from quartet_compile.kernels.triton_kernels.eden_values import AGAIN
 from quartet_compile.kernels.triton_kernels.launch import FUSED
 
 CAPABILITIES = (80, 89, 90)
@@ -43,6 +44,7 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
             saved_values.saved_again_kernel,
             {**saved, "tiles": "i32", "programs": "i32"},
             {"COLUMNS": saved_values.TILE_COLUMNS},
+            AGAIN,
         ),
     }
     for name, row, column in (("row", True, False), ("column", False, True), ("both", True, True)):
@@ -57,6 +59,7 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
             gradient_values.gradient_again_kernel,
             {**gradient, **dict.fromkeys(("rows", "columns", "row_stride", "column_stride", "programs"), "i32")},
             {k: v for k, v in forms.items() if k != "column_stride"},
+            AGAIN,
         )
     return found
 

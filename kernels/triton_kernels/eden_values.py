@@ -72,6 +72,9 @@ CHUNK_ROWS = tl.constexpr(16)
 CHECKED_CHUNKS = tl.constexpr(32)
 """Chunks that a program of a second launch looks at together."""
 
+AGAIN = {"num_warps": 8}
+"""Launch options of second launches: with fewer warps some Triton versions spill."""
+
 
 @triton.jit
 def chunks_that_need_exact(exponents, first, chunks, peak_bits, incoming):

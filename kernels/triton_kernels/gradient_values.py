@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quartet_compile.kernels.format import ROTATION, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_values import (
+    AGAIN,
     CHECKED_CHUNKS,
     CHUNK_ROWS,
     chunks_that_need_exact,
@@ -126,7 +127,8 @@ def gradient_again_kernel(
             rotation = load_rotation(rotations, index, x.dtype.element_ty)
             seed = seed_of_rank(seeds, index, rank)
             i = tl.arange(0, CHUNK_ROWS)
-            for c in range(CHECKED_CHUNKS):
+            # Three products' operands leave no registers for what would be hoisted out of the loop.
+            for c in tl.range(CHECKED_CHUNKS, disable_licm=x.dtype.element_ty == tl.float32):
                 if (marked >> c) & 1:
                     row = (first + c) * CHUNK_ROWS
                     tile = row // HEIGHT
@@ -156,8 +158,10 @@ def tile_for(capability: int, dtype: torch.dtype, row: bool, column: bool) -> Ti
     """
     if row and column:
         return Tile(128, 128, 1, 3, {"num_warps": 8})
-    if capability == 90:
-        short, tile = (16, (2, 1, {"num_warps": 8})) if dtype == torch.float32 else (64, (2, 3, {"num_warps": 4}))
+    if dtype == torch.float32:
+        short, tile = 16, (2, 1, {"num_warps": 8})
+    elif capability == 90:
+        short, tile = 64, (2, 3, {"num_warps": 4})
     else:
         short, tile = 16, (4, 1, {"num_warps": 4})
     return Tile(short if row else 128, 128 if row else short, *tile)
@@ -204,5 +208,5 @@ def grad_values(
     forms = {**asked, "ROWS": tile.rows, "COLUMNS": tile.columns}
     with on_device_of(e):
         launch(gradient_values_kernel, programs, *arguments, **forms, STAGES=tile.stages, **tile.options, **FUSED)
-        launch(gradient_again_kernel, 4 * target.processors, *arguments, programs, **forms, num_warps=4, **EXACT)
+        launch(gradient_again_kernel, 4 * target.processors, *arguments, programs, **forms, **AGAIN, **EXACT)
     return row_out, column_out

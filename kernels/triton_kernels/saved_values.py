@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quartet_compile.kernels.format import ROTATION, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_values import (
+    AGAIN,
     CHECKED_CHUNKS,
     CHUNK_ROWS,
     chunks_that_need_exact,
@@ -207,6 +208,6 @@ def requantize_values(
     with on_device_of(codes):
         launch(saved_values_kernel, programs, *arguments, chunk, COLUMNS=TILE_COLUMNS, **OPTIONS, **FUSED)
         launch(
-            saved_again_kernel, 4 * target.processors, *arguments, blocks * strips, programs, COLUMNS=TILE_COLUMNS, num_warps=4, **EXACT
+            saved_again_kernel, 4 * target.processors, *arguments, blocks * strips, programs, COLUMNS=TILE_COLUMNS, **AGAIN, **EXACT
         )  # fmt: skip
     return out
