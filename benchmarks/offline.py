@@ -134,7 +134,7 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
 
 
 def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
-    """Both passes of `forward`; with values where no FP4 tensor cores are, as they are used."""
+    """Both passes of `forward`; with values, and values alone, where no FP4 tensor cores are, as they are used."""
     native = target_for(capability, processors=1).native
     packed = {"codes": "*u8", "scales": "*u8", "values": "*i16", "peaks": "*i32", "groups": "i32!"}
     matrix = {**packed, "x": f"*{dtype}", "columns": "i32!", "groups_per_row": "i32!"}
@@ -143,8 +143,8 @@ def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
     options = {"num_warps": 8}
     ragged = {"columns": "i32"}
     found = {}
-    for suffix, values in (("", False), ("_values", True)):
-        forms = {"FOUR": True, "VALUES": values}
+    for suffix, codes, values in (("", True, False), ("_and_values", True, True), ("_values", False, True)):
+        forms = {"FOUR": True, "CODES": codes, "VALUES": values}
         of_any = {**forms, "NATIVE": native, "BLOCK": forward.ANY_BLOCK}
         constants = {"CEILING": 256.0, "REPAIRED": forward.REPAIRED, "CHUNK": forward.CHUNK, "WIDTH": forward.WIDTH}
         found |= {

@@ -62,6 +62,7 @@ def operators(x: Tensor) -> dict[str, Operator]:
         "copy": Operator(lambda: target.copy_(x), [x]),
         "quantize": Operator(lambda: quartet.quantize(x, FORWARD), [x]),
         "quantize_with_values": Operator(lambda: quartet.quantize_with_values(x, FORWARD), [x]),
+        "quantize_values": Operator(lambda: quartet.quantize_values(x, FORWARD), [x]),
         "quantize_grad row": Operator(lambda: quartet.quantize_grad(x, seeds, 0, BACKWARD, False), [x]),
         "quantize_grad transposed": Operator(lambda: quartet.quantize_grad(x, seeds, 0, BACKWARD, True), [x]),
         "quantize_grad_both": Operator(lambda: quartet.quantize_grad_both(x, seeds, 0, 1, BACKWARD), [x]),

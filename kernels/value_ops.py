@@ -6,6 +6,8 @@ split and it is settled what is saved, by ones that write values beside the pack
 
 ``quantize_with_values(x, rule)``
     x [M, K] -> codes, scales and tensor scale of ``quantize(x, rule)``, and values bfloat16 [M, ceil(K/16)*16].
+``quantize_values(x, rule)``
+    The values alone, for a product whose operand nothing else reads.
 ``rotations(seeds)``
     The matrix of each rotation of a step, signs included: bfloat16 [n, 128, 128]. The operators below read it.
 ``grad_values(e, rotations, seeds, index, rule, transpose, scale)``
@@ -37,6 +39,7 @@ from quartet_compile.kernels.format import GROUP, ROTATION, Quantized, ceil_to
 _library = torch.library.Library("quartet", "FRAGMENT")
 for _schema in (
     "quantize_with_values(Tensor x, str rule) -> (Tensor, Tensor, Tensor, Tensor)",
+    "quantize_values(Tensor x, str rule) -> Tensor",
     "rotations(Tensor seeds) -> Tensor",
     "grad_values(Tensor e, Tensor rotations, Tensor seeds, int index, str rule, bool transpose, float scale) -> Tensor",
     "grad_values_both(Tensor e, Tensor rotations, Tensor seeds, int index, int transposed_index, str rule, float scale)"
@@ -84,6 +87,11 @@ def _quantize_with_values_fake(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Te
     return *packed, x.new_empty((x.shape[0], ceil_to(x.shape[1], GROUP)), dtype=torch.bfloat16)
 
 
+@torch.library.register_fake("quartet::quantize_values", lib=_library)
+def _quantize_values_fake(x: Tensor, rule: str) -> Tensor:
+    return _quantize_with_values_fake(x, rule)[3]
+
+
 @torch.library.register_fake("quartet::rotations", lib=_library)
 def _rotations_fake(seeds: Tensor) -> Tensor:
     return seeds.new_empty((seeds.shape[0], ROTATION, ROTATION), dtype=torch.bfloat16)
@@ -128,6 +136,10 @@ def _quantize_with_values_cpu(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Ten
     return *packed, values_of(*packed)
 
 
+def _quantize_values_cpu(x: Tensor, rule: str) -> Tensor:
+    return values_of(*torch.ops.quartet.quantize(x, rule))
+
+
 def _rotations_cpu(seeds: Tensor) -> Tensor:
     return torch.stack([rotation_matrix(philox.seed_for_rank(seed, ops.rank())) for seed in seeds.tolist()]).bfloat16()
 
@@ -163,6 +175,12 @@ def _quantize_with_values_cuda(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Te
     ops.check_operand("quantize_with_values", x)
     ops.check_rule("quantize_with_values", rule, ops.FORWARD_RULES)
     return ops.triton_kernels().quantize_with_values(x, rule)
+
+
+def _quantize_values_cuda(x: Tensor, rule: str) -> Tensor:
+    ops.check_operand("quantize_values", x)
+    ops.check_rule("quantize_values", rule, ops.FORWARD_RULES)
+    return ops.triton_kernels().quantize_values(x, rule)
 
 
 def _rotations_cuda(seeds: Tensor) -> Tensor:
@@ -206,6 +224,7 @@ def _matmul_values_cuda(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: to
 
 for _name, _on_cpu, _on_cuda in (
     ("quantize_with_values", _quantize_with_values_cpu, _quantize_with_values_cuda),
+    ("quantize_values", _quantize_values_cpu, _quantize_values_cuda),
     ("rotations", _rotations_cpu, _rotations_cuda),
     ("grad_values", _grad_values_cpu, _grad_values_cuda),
     ("grad_values_both", _grad_values_both_cpu, _grad_values_both_cuda),

@@ -1,1 +1,1 @@
-"""What happens to a graph: match, share, place, rewrite."""
+"""What happens to a graph: match, share, place, rewrite, recompute; then what a device makes of it."""

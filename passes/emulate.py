@@ -1,4 +1,4 @@
-"""Step 5, on GPUs without FP4 tensor cores: multiply the values of packed matrices instead of the matrices.
+"""Step 6, on GPUs without FP4 tensor cores: multiply the values of packed matrices instead of the matrices.
 
 Such a GPU multiplies bfloat16 numbers, which hold exactly what NVFP4 codes stand for (`kernels.value_ops`). Where a product's operands are
 made in the same graph, their quantizers can write these numbers in the pass in which they have them at hand anyway:
@@ -6,8 +6,8 @@ made in the same graph, their quantizers can write these numbers in the pass in 
     matmul(quantize(x), quantize(w), bias)                   matmul_values(x', w', bias)  with x' from quantize_with_values(x)
     matmul(quantize_grad(e), requantize(packed w), 1/128)    matmul_values(grad_values(e, 1/128), requantize_values(packed w))
 
-The forward quantizers write both, because the backward pass needs the packed matrices; the backward ones write values alone. A gradient
-that two products read in both orientations is read once. This runs on the forward and the backward graph after the partitioner has split
+The forward quantizers write both where the backward pass reads the packed matrices; all others write values alone. A gradient that two
+products read in both orientations is read once. This runs on the forward and the backward graph after the partitioner has split
 them: what is saved is settled by then, and it is packed.
 """
 
@@ -73,6 +73,18 @@ def emulate(graph: Graph, native: Callable[[torch.device], bool] = multiplies_pa
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     graph.eliminate_dead_code()
+    _leave_out_codes(graph)
+
+
+def _leave_out_codes(graph: Graph) -> None:
+    """Make values alone where the packed matrix beside them is not used; in place."""
+    for node in graph.find_nodes(op="call_function", target=quartet.quantize_with_values.default):
+        if all(user.args[1] == 3 for user in node.users):
+            (values,) = node.users
+            with graph.inserting_before(node):
+                values.replace_all_uses_with(add_call(graph, quartet.quantize_values.default, node.args, node, values.name))
+            graph.erase_node(values)
+            graph.erase_node(node)
 
 
 def _quantizer(packed: tuple[Any, ...]) -> Node | None:

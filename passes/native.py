@@ -1,4 +1,4 @@
-"""Step 5, on GPUs with FP4 tensor cores: a gradient is read once for both its products, and products read scales in the order of the cores.
+"""Step 6, on GPUs with FP4 tensor cores: a gradient is read once for both its products, and products read scales in the order of the cores.
 
     quantize_grad(e, ...), quantize_grad(e, ..., transposed)    becomes    quantize_grad_both(e, ...)
     matmul(*quantize(x), *quantize(w), bias)                    becomes    matmul_swizzled(codes, swizzle(scales), tensor_scale, ..., bias)

@@ -1,4 +1,4 @@
-"""The pass that Inductor runs on a joint graph: match, share, place, rewrite, with a cache key that sees all it depends on."""
+"""The pass that Inductor runs on a joint graph: match, share, place, rewrite, recompute, with a cache key that sees all it depends on."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from quartet_compile import kernels
-from quartet_compile.passes.match import Site, match
+from quartet_compile.passes.match import Operand, Site, match
 from quartet_compile.passes.place import Decision, Policy, place, unmatched_globs
+from quartet_compile.passes.recompute import recompute
 from quartet_compile.passes.rewrite import rewrite
 from quartet_compile.passes.share import share
 
@@ -25,38 +26,49 @@ log = logging.getLogger("quartet_compile")
 
 @dataclass(frozen=True)
 class Result:
-    """What was decided for one graph: a decision for each linear, and the option globs that matched nothing in it."""
+    """What was decided for one graph.
+
+    decisions: one for each linear. unmatched: the option globs that matched nothing in it. recomputed: the operands that the backward pass
+    quantizes again.
+    """
 
     decisions: tuple[Decision, ...]
     unmatched: tuple[tuple[str, str], ...]
+    recomputed: frozenset[Operand]
 
 
-def run(graph: Graph, parameters: Mapping[int, str], policy: Policy) -> Result:
-    """Rewrite a joint or inference graph in place. An error leaves it as it was."""
+def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str) -> Result:
+    """Rewrite a joint or inference graph in place. again: what the backward pass recomputes, of `recompute.CHOICES`.
+
+    An error leaves the graph as it was.
+    """
     linears = share(match(graph, parameters))
     decisions = place(linears, policy)
     rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
-    return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)))
+    recomputed = recompute(graph, parameters, again)
+    return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)), recomputed)
 
 
 class QuartetPass(CustomGraphPass):
     """`run` as a custom pass of Inductor.
 
-    parameters: index of a Dynamo input -> name, for those that are nn.Parameters. fingerprint: whatever the decisions read from the graph
-    that Inductor's cache key does not contain (`fingerprint`). on_result: called with the `Result` each time the pass runs, which a
-    cache hit prevents.
+    parameters: index of a Dynamo input -> name, for those that are nn.Parameters. again: see `run`. fingerprint: whatever the
+    decisions read from the graph that Inductor's cache key does not contain (`fingerprint`). on_result: called with the `Result` each time
+    the pass runs, which a cache hit prevents.
     """
 
     def __init__(
-        self, parameters: Mapping[int, str], policy: Policy, fingerprint: str = "", on_result: Callable[[Result], None] | None = None
-    ) -> None:
+        self, parameters: Mapping[int, str], policy: Policy, again: str = "none", fingerprint: str = "",
+        on_result: Callable[[Result], None] | None = None,
+    ) -> None:  # fmt: skip
         self.parameters = dict(parameters)
         self.policy = policy
+        self.again = again
         self.fingerprint = fingerprint
         self.on_result = on_result
 
     def __call__(self, graph: Graph) -> None:
-        result = run(graph, self.parameters, self.policy)
+        result = run(graph, self.parameters, self.policy, self.again)
         left = [d for d in result.decisions if d.recipe.is_empty]
         log.info("%d of %d linears in NVFP4", len(result.decisions) - len(left), len(result.decisions))
         for d in left:
@@ -67,7 +79,7 @@ class QuartetPass(CustomGraphPass):
             self.on_result(result)
 
     def uuid(self) -> Any:
-        return "quartet", source_hash(), repr(self.policy), repr(sorted(self.parameters.items())), self.fingerprint
+        return "quartet", source_hash(), repr(self.policy), self.again, repr(sorted(self.parameters.items())), self.fingerprint
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Step 6, on GPUs: have the Triton kernels behind the operators of a graph compiled while Inductor compiles the rest of it."""
+"""Step 7, on GPUs: have the Triton kernels behind the operators of a graph compiled while Inductor compiles the rest of it."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def inductor_patches(
 ) -> dict[str, Any]:  # fmt: skip
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(mode or ours.mode, inductor_options)
-    rewriting = QuartetPass(parameter_names(gm, example_inputs), ours.policy(scope), fingerprint(gm), on_result)
+    rewriting = QuartetPass(parameter_names(gm, example_inputs), ours.policy(scope), ours.recompute, fingerprint(gm), on_result)
     for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), NativePass(), PrecompilePass()])):
         users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))
         patches[field] = compat.PassSequence([*users, *ours_there])

@@ -96,14 +96,14 @@ class GraphCapture:
             outputs = kwargs["num_fwd_outputs"]
             plain, _ = min_cut_rematerialization_partition(_copy(joint), inputs, compiler="inductor", **kwargs)
             before = _saved_bytes(plain, outputs, _kinds(joint, parameters))
-            result = run(joint.graph, parameters, policy)
+            result = run(joint.graph, parameters, policy, self.options.recompute)
             kinds = _kinds(joint, parameters)
             forward, backward = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
             self.add(result, before, _saved_bytes(forward, outputs, kinds), forward, backward)
             return forward, backward
 
         def inference(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            result = run(graph.graph, parameters, policy)
+            result = run(graph.graph, parameters, policy, self.options.recompute)
             graph.recompile()
             self.add(result, (0, 0), (0, 0), graph, None)
             return _boxed(graph, inputs)
@@ -117,7 +117,7 @@ class GraphCapture:
         self, result: Result, before: tuple[int, int], after: tuple[int, int], forward: GraphModule, backward: GraphModule | None
     ) -> None:
         self.results.append(result)
-        linears = _linears(result.decisions)
+        linears = _linears(result)
         self.graphs.append(GraphReport(linears, before[0], after[0], before[1], after[1], _source(forward), _source(backward)))
 
     def report(self, model: Any) -> Report:
@@ -181,12 +181,12 @@ def _hint(n: int | torch.SymInt) -> int:
     return n if isinstance(n, int) else int(n.node.hint or 0)
 
 
-def _linears(decisions: Sequence[Decision]) -> tuple[LinearReport, ...]:
+def _linears(result: Result) -> tuple[LinearReport, ...]:
     seen: set[Operand] = set()
-    return tuple(_linear(decision, seen) for decision in decisions)
+    return tuple(_linear(decision, seen, result.recomputed) for decision in result.decisions)
 
 
-def _linear(decision: Decision, seen: set[Operand]) -> LinearReport:
+def _linear(decision: Decision, seen: set[Operand], recomputed: frozenset[Operand]) -> LinearReport:
     """One line. `seen` holds the inputs that earlier linears keep already (q, k and v read the same one)."""
     linear, recipe = decision.linear, decision.recipe
     at = linear.place
@@ -200,7 +200,8 @@ def _linear(decision: Decision, seen: set[Operand]) -> LinearReport:
         seen.add(linear.x)
         before = tokens * features_in * linear.x.base.meta["val"].element_size()
         after = _packed_bytes(tokens, features_in) if "dw" in products else before
-    weight = _packed_bytes(features_out, features_in) if "dx" in products else 0
+        after = 0 if linear.x in recomputed else after
+    weight = _packed_bytes(features_out, features_in) if "dx" in products and linear.w not in recomputed else 0
     return LinearReport(
         at.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
         decision.left_because, before, after, weight,

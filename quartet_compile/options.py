@@ -11,6 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from quartet_compile.passes.place import Policy, lookup
+from quartet_compile.passes.recompute import CHOICES
 from quartet_compile.recipes import RECIPES
 
 PREFIX = "quartet."
@@ -22,7 +23,8 @@ class Options:
 
     recipe: the recipe of linears that nothing else speaks of. include: globs over linear names that lift the default exceptions.
     exclude: globs over linear names that are left alone; wins over include. min_features: linears with fewer in or out features are left
-    alone. strict: raise if a linear cannot be rewritten. mode: a mode of torch.compile, which forbids giving mode= beside options=.
+    alone. strict: raise if a linear cannot be rewritten. recompute: what the backward pass quantizes again instead of finding it saved:
+    "none", "weights", or "operands" (`passes.recompute`). mode: a mode of torch.compile, which forbids giving mode= beside options=.
     """
 
     recipe: str = "quartet2"
@@ -30,6 +32,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     min_features: int = 64
     strict: bool = False
+    recompute: str = "none"
     mode: str | None = None
 
     def policy(self, scope: str | None) -> Policy:
@@ -71,6 +74,10 @@ def _checked(key: str, name: str, value: Any) -> Any:
     if name == "min_features":
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise TypeError(f"option {key!r} takes a whole number from 0 on, got {value!r}")
+        return value
+    if name == "recompute":
+        if value not in CHOICES:
+            raise ValueError(f"option {key!r} is one of {', '.join(map(repr, CHOICES))}, got {value!r}")
         return value
     expected = {"recipe": str, "strict": bool, "mode": str}[name]
     if not isinstance(value, expected):

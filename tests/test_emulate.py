@@ -163,7 +163,21 @@ def test_inference_multiplies_values() -> None:
             ours = torch.compile(model, backend="quartet")(x)
     assert len(graphs) == 1
     assert "quartet.matmul_values" in graphs[0]
+    assert graphs[0].count("quartet.quantize_values(") == 4
+    assert "with_values" not in graphs[0]
     assert torch.equal(ours, expected)
+
+
+def test_codes_are_written_where_they_are_read() -> None:
+    """With operands that the backward pass quantizes again, its codes are the only ones."""
+    model, x = MLP(), torch.randn(32, 64, requires_grad=True)
+    expected = step(model, x)
+    with emulation_everywhere() as graphs:
+        ours = step(model, x, **{"quartet.recompute": "weights"})
+    forward, backward = graphs
+    assert [forward.count(f"quartet.{op}(") for op in ("quantize", "quantize_values", "quantize_with_values")] == [0, 2, 2]
+    assert [backward.count(f"quartet.{op}(") for op in ("quantize", "requantize_values")] == [2, 4]
+    assert all(map(torch.equal, ours, expected))
 
 
 def graph_of_a_product(scale: float, *, packed_input: bool = False) -> Graph:

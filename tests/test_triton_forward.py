@@ -282,6 +282,20 @@ def test_a_number_that_is_not_finite_makes_everything_nan(device, dtype, columns
 
 
 @on_devices
+@pytest.mark.parametrize("kind", ["gauss", "subnormal scales", "not finite", "empty"])
+@pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
+def test_values_alone(device, dtype, kind):
+    """The same numbers as beside the codes, those that the second pass makes again, too."""
+    x = matrix("gauss", (0 if kind == "empty" else 37, 70 if dtype == torch.float32 else 64), dtype, device)
+    if kind == "subnormal scales":
+        x[:20] *= 2.0**-14
+    if kind == "not finite":
+        x[3, 5] = math.inf
+    expected = forward.quantize_with_values(x, "four_over_six")[3]
+    assert torch.equal(forward.quantize_values(x, "four_over_six").view(torch.int16), expected.view(torch.int16))
+
+
+@on_devices
 @pytest.mark.parametrize("shape", [(0, 32), (32, 0), (0, 0)])
 def test_empty_matrices(device, shape):
     assert_equals_the_reference(torch.empty(shape, dtype=torch.bfloat16, device=device))

@@ -8,7 +8,7 @@ multiplies; `gradient_values` and `saved_values` make those operands in bfloat16
 
 import sys
 
-from quartet_compile.kernels.triton_kernels.forward import quantize, quantize_with_values
+from quartet_compile.kernels.triton_kernels.forward import quantize, quantize_values, quantize_with_values
 from quartet_compile.kernels.triton_kernels.gradient_codes import quantize_grad, quantize_grad_both
 from quartet_compile.kernels.triton_kernels.gradient_values import grad_values
 from quartet_compile.kernels.triton_kernels.launch import hash_in_order
@@ -19,8 +19,8 @@ from quartet_compile.kernels.triton_kernels.saved_codes import requantize
 from quartet_compile.kernels.triton_kernels.saved_values import requantize_values
 
 __all__ = [
-    "grad_values", "matmul", "matmul_packed", "matmul_values", "quantize", "quantize_grad", "quantize_grad_both", "quantize_with_values",
-    "requantize", "requantize_values", "rotations",
+    "grad_values", "matmul", "matmul_packed", "matmul_values", "quantize", "quantize_grad", "quantize_grad_both", "quantize_values",
+    "quantize_with_values", "requantize", "requantize_values", "rotations",
 ]  # fmt: skip
 
 hash_in_order(module for name, module in sorted(sys.modules.items()) if name.startswith(f"{__name__}."))

@@ -9,7 +9,8 @@ number is not finite.
 
 The first pass has two forms: `forward_words` for whole groups of bfloat16, `forward_groups` for everything else.
 
-Bytes an element of a bfloat16 matrix: 2 read, 0.5625 written and 2 more with values; the second pass, 0.125, mostly meets the L2 cache.
+Bytes an element of a bfloat16 matrix: 2 read, 0.5 written for codes, 2 for values, 0.0625 for scales; the second
+pass, 0.125, mostly meets the L2 cache.
 
 The choice between four and six is the reference's, too. The first pass computes errors in a unit n of the group's, a quarter of the binade
 of its maximum, instead of g: the same float32 numbers but for underflow, that is but for squares below 2^-113 n^2 (2^-126 g^2; a normal
@@ -52,20 +53,20 @@ WIDTH = 4096
 @triton.jit
 def _quantize_again(
     x, codes, scales, values, g, finite, first, groups, columns, groups_per_row,
-    FOUR: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Groups first, first + 1, ... by `round_groups`, with their values."""
     i = tl.arange(0, BLOCK)
     byte, bits, s = round_groups(load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK), g, FOUR, NATIVE)
     byte = tl.where(finite, byte, 0)
     tl.store(scales + first + i, tl.where(finite, bits, 0).to(tl.uint8), mask=first + i < groups)
-    store_codes_and_values(codes, values, first, groups, byte, tl.where(finite, s * g, float("nan")), VALUES, BLOCK)
+    store_codes_and_values(codes, values, first, groups, byte, tl.where(finite, s * g, float("nan")), CODES, VALUES, BLOCK)
 
 
 @triton.jit
 def align_scales_kernel(
     x, codes, scales, values, peaks, out_tensor_scale, groups, columns, groups_per_row,
-    CEILING: tl.constexpr, FOUR: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr,
+    CEILING: tl.constexpr, FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr,
     BLOCK: tl.constexpr, REPAIRED: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Provisional scales -> E4M3 in place, and the tensor scale; groups whose codes may depend on g are quantized again.
@@ -102,19 +103,20 @@ def align_scales_kernel(
                 if (marked >> r) & 1:
                     _quantize_again(
                         x, codes, scales, values, g, finite, first + r * REPAIRED, groups, columns, groups_per_row,
-                        FOUR, VALUES, RAGGED, NATIVE, REPAIRED,
+                        FOUR, CODES, VALUES, RAGGED, NATIVE, REPAIRED,
                     )  # fmt: skip
 
 
 # ---------------------------------------------------------------- launches
 
 
-def _quantize(x: Tensor, rule: str, with_values: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize(x: Tensor, rule: str, with_codes: bool, with_values: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes and values are empty where not asked for."""
     if rule not in ("four_over_six", "nearest"):
         raise ValueError(f"no deterministic rule {rule!r}")
     x = x.contiguous()
     rows, columns = x.shape
-    codes, scales, g = empty_packed(x, rows, ceil_to(columns, GROUP))
+    codes, scales, g = empty_packed(x, rows, ceil_to(columns, GROUP), with_codes)
     values = torch.empty((rows, ceil_to(columns, GROUP)) if with_values else (0,), dtype=torch.bfloat16, device=x.device)
     groups = scales.numel()
     if groups == 0:
@@ -125,7 +127,7 @@ def _quantize(x: Tensor, rule: str, with_values: bool) -> tuple[Tensor, Tensor, 
     block = WORDS_BLOCK if in_words else ANY_BLOCK
     blocks = triton.cdiv(groups, block)
     peaks = torch.empty(blocks, dtype=torch.int32, device=x.device)
-    forms = {"FOUR": rule == "four_over_six", "VALUES": with_values, "BLOCK": block}
+    forms = {"FOUR": rule == "four_over_six", "CODES": with_codes, "VALUES": with_values, "BLOCK": block}
     shape = (groups, columns, scales.shape[1])
     shape_forms = {"RAGGED": columns % GROUP != 0, "NATIVE": target.native}
     options = {"num_warps": 8, **EXACT}
@@ -145,9 +147,14 @@ def _quantize(x: Tensor, rule: str, with_values: bool) -> tuple[Tensor, Tensor, 
 
 def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize the rows of x [M, K], "four_over_six" or "nearest": packed [M, ceil(K/16)*16]. ValueError for any other rule."""
-    return _quantize(x, rule, with_values=False)[:3]
+    return _quantize(x, rule, True, False)[:3]
 
 
 def quantize_with_values(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `quantize` returns, and the values bfloat16 [M, ceil(K/16)*16] that it stands for."""
-    return _quantize(x, rule, with_values=True)
+    return _quantize(x, rule, True, True)
+
+
+def quantize_values(x: Tensor, rule: str) -> Tensor:
+    """The values alone: bfloat16 [M, ceil(K/16)*16]."""
+    return _quantize(x, rule, False, True)[3]

@@ -83,11 +83,14 @@ def round_groups(numbers, g, FOUR: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def store_codes_and_values(codes, values, first, groups, byte, factor, VALUES: tl.constexpr, BLOCK: tl.constexpr):
+def store_codes_and_values(
+    codes, values, first, groups, byte, factor, CODES: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """Code bytes int32 [BLOCK, 8] and, times `factor` f32 [BLOCK], the numbers they stand for: rounded to bfloat16 in integers."""
     i = tl.arange(0, BLOCK)
     present = (first + i < groups)[:, None]
-    tl.store(codes + first * 8 + i[:, None] * 8 + tl.arange(0, 8)[None, :], byte.to(tl.uint8), mask=present)
+    if CODES:
+        tl.store(codes + first * 8 + i[:, None] * 8 + tl.arange(0, 8)[None, :], byte.to(tl.uint8), mask=present)
     if VALUES:
         numbers = tl.join(e2m1_value(byte & 15), e2m1_value(byte >> 4)).reshape(BLOCK, 16) * factor[:, None]
         bits = bits_of(numbers)
@@ -99,7 +102,7 @@ def store_codes_and_values(codes, values, first, groups, byte, factor, VALUES: t
 @triton.jit
 def round_any_kernel(
     x, codes, scales, values, peaks, groups, columns, groups_per_row,
-    FOUR: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `round_words_kernel`, with IEEE divisions in float32: contiguous x [M, columns] -> codes u8, values int16, the rest alike."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -123,4 +126,4 @@ def round_any_kernel(
     byte = tl.where((peak != 0)[:, None], byte, 0)
     s_bits = bits_of(s) + binade - 0x40800000
     tl.store(scales + first + i, provisional_scale(s_bits, peak, block_peak).to(tl.uint8), mask=first + i < groups)
-    store_codes_and_values(codes, values, first, groups, byte, from_bits(s_bits & 0x7FFFFFFF), VALUES, BLOCK)
+    store_codes_and_values(codes, values, first, groups, byte, from_bits(s_bits & 0x7FFFFFFF), CODES, VALUES, BLOCK)

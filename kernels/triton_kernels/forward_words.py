@@ -87,11 +87,12 @@ def word_candidate(w, minus_s):
 @triton.jit
 def round_words_kernel(
     x, codes, scales, values, peaks, groups,
-    FOUR: tl.constexpr, VALUES: tl.constexpr, NATIVE: tl.constexpr, XORSIGN: tl.constexpr, BLOCK: tl.constexpr,
+    FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, NATIVE: tl.constexpr, XORSIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x: words int32 [groups, 8] -> codes int32 [groups, 2], provisional scales u8, values as words, magnitude bits of each block.
+    """x: words int32 [groups, 8] -> codes int32 [groups, 2] and values as words, provisional scales u8, magnitude bits of each block.
 
-    A thread owns whole groups: nothing but the block's maximum crosses threads. Only without values may it be NATIVE.
+    CODES, VALUES: which of them are asked for; NATIVE: codes alone. A thread owns whole groups, nothing but the block's maximum crosses
+    threads.
     """
     # No masks: threads behind the end do the last group once more.
     first = tl.program_id(0) * BLOCK
@@ -116,7 +117,7 @@ def round_words_kernel(
     # A quarter of the peak is in [PEAK / 4, PEAK / 2), where four digits are as far apart as float32 numbers 1.5 * 2^20 times as large.
     minus_s4 = tl.fma(scaled_peak, -0.25, PEAK * -393216.0) + PEAK * 393216.0
     if NATIVE:
-        tl.static_assert(not VALUES)
+        tl.static_assert(CODES and not VALUES)
         v = scaled_elements(w, unit * (PEAK / 4), peak != 0)
         front, back, error = native_candidate(v, minus_s)
         if FOUR:
@@ -141,10 +142,12 @@ def round_words_kernel(
             if FOUR:
                 c = tl.where(four, q4[j], c)
             chosen = chosen + (c | (w[j] & signs),)  # noqa: RUF005
-        front = pack_codes(chosen[0], chosen[1], chosen[2], chosen[3])
-        back = pack_codes(chosen[4], chosen[5], chosen[6], chosen[7])
+        if CODES:
+            front = pack_codes(chosen[0], chosen[1], chosen[2], chosen[3])
+            back = pack_codes(chosen[4], chosen[5], chosen[6], chosen[7])
     s_bits = bits_of(minus_s) + binade + (0x80000000 - PEAK_BITS)  # wraps: without the sign, and from the unit to x's
-    tl.store(codes + n[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(front, back))
+    if CODES:
+        tl.store(codes + n[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(front, back))
     tl.store(scales + n, provisional_scale(s_bits, peak, block_peak).to(tl.uint8))
     if VALUES:
         factor = twice(from_bits(s_bits & 0x7FFFFFFF))  # a zero group: +0 times something finite

@@ -73,10 +73,10 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     return torch.cuda.device(x.device) if x.is_cuda and _rehearsed.get() is None else nullcontext()
 
 
-def empty_packed(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for a packed matrix: codes [rows, columns/2], scales [rows, columns/16] and the tensor scale []."""
+def empty_packed(like: Tensor, rows: int, columns: int, with_codes: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for a packed matrix: codes [rows, columns/2], or none, scales [rows, columns/16] and the tensor scale []."""
     return (
-        torch.empty((rows, columns // 2), dtype=torch.uint8, device=like.device),
+        torch.empty((rows, columns // 2) if with_codes else (0,), dtype=torch.uint8, device=like.device),
         torch.empty((rows, columns // 16), dtype=torch.float8_e4m3fn, device=like.device),
         torch.empty((), dtype=torch.float32, device=like.device),
     )

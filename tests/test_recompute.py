@@ -1,0 +1,146 @@
+"""Quantizing again in the backward pass: what is kept shrinks, never grows, and no number changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import capture
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from quartet_compile.kernels.format import GROUP
+from quartet_compile.options import split_options
+
+TOKENS, DIM, HIDDEN = 96, 64, 128
+
+
+def packed(rows: int, columns: int) -> int:
+    """Bytes of a packed matrix."""
+    return rows * columns // 2 + rows * columns // GROUP + 4
+
+
+class Block(nn.Module):
+    """A transformer block without a residual: four different inputs of linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(DIM), nn.LayerNorm(DIM)
+        self.qkv, self.out = nn.Linear(DIM, 3 * DIM, bias=False), nn.Linear(DIM, DIM)
+        self.gate, self.up, self.down = nn.Linear(DIM, HIDDEN), nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, 4, DIM // 4)).permute(1, 2, 0, 3).unsqueeze(1)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1).flatten(1)
+        x = self.norm2(self.out(attended))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class MLP(nn.Module):
+    """One linear behind an activation, whose input stems from another one."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.up, self.down, self.activation = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.activation(self.up(x)))
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+def dropout(x: Tensor) -> Tensor:
+    return F.dropout(x, 0.25)
+
+
+def normed_gelu(x: Tensor) -> Tensor:
+    return F.rms_norm(F.gelu(x), (HIDDEN,))
+
+
+def checkpointed(x: Tensor) -> Tensor:
+    return checkpoint(normed_gelu, x, use_reentrant=False)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "block": Block,
+    **{f.__name__: lambda f=f: MLP(f) for f in (F.gelu, F.silu, F.relu, squared_relu, dropout, torch.cumsum, normed_gelu, checkpointed)},
+}
+MODELS["cumsum"] = lambda: MLP(lambda x: torch.cumsum(x, 1))
+
+
+def step(model: nn.Module, choice: str, autocast: bool) -> tuple[list[Tensor], Any]:
+    """(result and all gradients, what was kept)."""
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled, backend = capture(model, recompute=choice)
+    x = torch.linspace(-2, 2, TOKENS * DIM).sin().view(TOKENS, DIM).requires_grad_()
+    torch.manual_seed(3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = compiled(x)
+    y.float().square().mean().backward()
+    (graph,) = backend.graphs
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())], graph
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_numbers_from_less(name: str, autocast: bool) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    plain, kept = step(model, "none", autocast)
+    for choice in ("weights", "operands"):
+        again, less = step(model, choice, autocast)
+        assert all(map(torch.equal, again, plain))
+        assert less.weights_after < kept.weights_after
+        assert less.activations_after <= kept.activations_after
+        assert all(linear.weight_bytes == 0 for linear in less.linears)
+
+
+def test_what_a_block_keeps() -> None:
+    """Four inputs of linears go; nothing comes in their place."""
+    torch.manual_seed(0)
+    model = Block()
+    kept, less = (step(model, choice, False)[1] for choice in ("none", "operands"))
+    inputs = 3 * packed(TOKENS, DIM) + packed(TOKENS, HIDDEN)
+    assert kept.activations_after - less.activations_after == inputs
+    assert less.weights_after == 0
+    assert [linear.saved_after for linear in less.linears] == [0] * 5
+    assert "quartet.quantize." not in kept.backward
+    assert less.backward.count("quartet.quantize.default") == 4 + 5  # inputs and weights
+    assert "aten._scaled_dot_product_flash_attention_for_cpu.default" not in less.backward
+
+
+@pytest.mark.parametrize(("name", "again"), [("gelu", True), ("squared_relu", True), ("relu", False), ("cumsum", False)])
+def test_only_what_needs_nothing_else(name: str, again: bool) -> None:
+    """ReLU keeps a bit of each element, not the element; a sum is no pointwise code."""
+    (_, down) = step(MODELS[name](), "operands", False)[1].linears
+    assert down.saved_after == (0 if again else packed(TOKENS, HIDDEN))
+
+
+def test_a_graph_input_is_not_kept_for_it() -> None:
+    """It would be freed otherwise: only parameters are there in any case."""
+    (up, _) = step(MLP(F.gelu), "operands", False)[1].linears
+    assert up.saved_after == packed(TOKENS, DIM)
+
+
+def test_inductor_gives_the_same_gradients() -> None:
+    gradients = []
+    for choice in ("none", "operands"):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = Block()
+        compiled = torch.compile(model, backend="quartet", options={"quartet.recompute": choice})
+        torch.manual_seed(3)
+        compiled(torch.linspace(-2, 2, TOKENS * DIM).sin().view(TOKENS, DIM)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_an_unknown_choice() -> None:
+    with pytest.raises(ValueError, match=r"'quartet\.recompute' is one of 'none', 'weights', 'operands', got 'all'"):
+        split_options({"quartet.recompute": "all"})
