@@ -107,7 +107,8 @@ def _shape(codes: Tensor) -> tuple[int, int]:
 # ---------------------------------------------------------------- shapes
 
 
-def _packed_like(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def packed_like(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty codes, scales and tensor scale of a matrix with this many (padded) columns."""
     return (
         like.new_empty((rows, columns // 2), dtype=torch.uint8),
         like.new_empty((rows, columns // GROUP), dtype=torch.float8_e4m3fn),
@@ -119,7 +120,7 @@ def _packed_like(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor,
 def _quantize_fake(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
     check_operand("quantize", x)
     check_rule("quantize", rule, FORWARD_RULES)
-    return _packed_like(x, x.shape[0], ceil_to(x.shape[1], GROUP))
+    return packed_like(x, x.shape[0], ceil_to(x.shape[1], GROUP))
 
 
 @torch.library.register_fake("quartet::quantize_grad", lib=_library)
@@ -127,14 +128,14 @@ def _quantize_grad_fake(e: Tensor, seeds: Tensor, index: int, rule: str, transpo
     check_operand("quantize_grad", e)
     check_rule("quantize_grad", rule, BACKWARD_RULES)
     rows, columns = (e.shape[1], e.shape[0]) if transpose else (e.shape[0], e.shape[1])
-    return _packed_like(e, rows, ceil_to(columns, ROTATION))
+    return packed_like(e, rows, ceil_to(columns, ROTATION))
 
 
 @torch.library.register_fake("quartet::quantize_grad_both", lib=_library)
 def _quantize_grad_both_fake(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str) -> tuple[Tensor, ...]:
     check_operand("quantize_grad_both", e)
     check_rule("quantize_grad_both", rule, BACKWARD_RULES)
-    return *_packed_like(e, e.shape[0], ceil_to(e.shape[1], ROTATION)), *_packed_like(e, e.shape[1], ceil_to(e.shape[0], ROTATION))
+    return *packed_like(e, e.shape[0], ceil_to(e.shape[1], ROTATION)), *packed_like(e, e.shape[1], ceil_to(e.shape[0], ROTATION))
 
 
 @torch.library.register_fake("quartet::requantize", lib=_library)
@@ -144,7 +145,7 @@ def _requantize_fake(
     check_packed("requantize", codes, scales, tensor_scale)
     check_columns("requantize", codes, columns)
     check_rule("requantize", rule, BACKWARD_RULES)
-    return _packed_like(codes, columns, ceil_to(codes.shape[0], ROTATION))
+    return packed_like(codes, columns, ceil_to(codes.shape[0], ROTATION))
 
 
 @torch.library.register_fake("quartet::matmul", lib=_library)

@@ -83,13 +83,17 @@ def rotation_matrix(seed: int) -> Tensor:
 
 @torch.library.register_fake("quartet::quantize_with_values", lib=_library)
 def _quantize_with_values_fake(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packed = torch.ops.quartet.quantize(x, rule)
-    return *packed, x.new_empty((x.shape[0], ceil_to(x.shape[1], GROUP)), dtype=torch.bfloat16)
+    ops.check_operand("quantize_with_values", x)
+    ops.check_rule("quantize_with_values", rule, ops.FORWARD_RULES)
+    columns = ceil_to(x.shape[1], GROUP)
+    return *ops.packed_like(x, x.shape[0], columns), x.new_empty((x.shape[0], columns), dtype=torch.bfloat16)
 
 
 @torch.library.register_fake("quartet::quantize_values", lib=_library)
 def _quantize_values_fake(x: Tensor, rule: str) -> Tensor:
-    return _quantize_with_values_fake(x, rule)[3]
+    ops.check_operand("quantize_values", x)
+    ops.check_rule("quantize_values", rule, ops.FORWARD_RULES)
+    return x.new_empty((x.shape[0], ceil_to(x.shape[1], GROUP)), dtype=torch.bfloat16)
 
 
 @torch.library.register_fake("quartet::rotations", lib=_library)
@@ -118,8 +122,10 @@ def _grad_values_both_fake(
 def _requantize_values_fake(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, rotations: Tensor, seeds: Tensor, index: int, rule: str
 ) -> Tensor:
-    new_codes, _, _ = torch.ops.quartet.requantize(codes, scales, tensor_scale, columns, seeds, index, rule)
-    return new_codes.new_empty((new_codes.shape[0], new_codes.shape[1] * 2), dtype=torch.bfloat16)
+    ops.check_packed("requantize_values", codes, scales, tensor_scale)
+    ops.check_columns("requantize_values", codes, columns)
+    ops.check_rule("requantize_values", rule, ops.BACKWARD_RULES)
+    return codes.new_empty((columns, ceil_to(codes.shape[0], ROTATION)), dtype=torch.bfloat16)
 
 
 @torch.library.register_fake("quartet::matmul_values", lib=_library)
