@@ -29,6 +29,11 @@ E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 
 
+def ceil_div(n: int, divisor: int) -> int:
+    """n / divisor, rounded up."""
+    return -(-n // divisor)
+
+
 def ceil_to(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is not below `n`; works on symbolic integers too."""
     return (n + multiple - 1) // multiple * multiple

@@ -35,6 +35,16 @@ def jobs_of(op: Any, *shapes_and_rest: Any, dtype: torch.dtype = torch.bfloat16)
         return precompile.rehearse(ops.ON_GPU[op], arguments)
 
 
+class Calls:
+    """A kernel that is a function: what it is launched with, it is called with."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.function
+
+
 def test_a_rehearsal_notes_the_launches_of_an_operator() -> None:
     jobs = jobs_of(quartet.quantize_with_values.default, (256, 512), "four_over_six")
     assert [name for _, name, _, _ in jobs] == ["round_words_kernel", "align_scales_kernel"]
@@ -48,8 +58,8 @@ def test_a_rehearsal_notes_the_launches_of_an_operator() -> None:
 def test_other_threads_launch_during_a_rehearsal() -> None:
     launched: list[int] = []
     with launch.rehearsal() as noted:
-        launch.launch({(1,): lambda: launched.append(0)}, 1)
-        thread = threading.Thread(target=launch.launch, args=({(1,): lambda: launched.append(1)}, 1))
+        launch.launch(Calls(lambda: launched.append(0)), 1)
+        thread = threading.Thread(target=launch.launch, args=(Calls(lambda: launched.append(1)), 1))
         thread.start()
         thread.join()
     assert launched == [1]
@@ -131,7 +141,7 @@ def test_a_failure_leaves_the_kernel_to_its_first_launch(caplog: pytest.LogCaptu
     launch.pending.append(future)
     calls: list[Any] = []
     with caplog.at_level("DEBUG", "quartet_compile"):
-        launch.launch({(3,): lambda *args, **options: calls.append((args, options))}, 3, "x", BLOCK=1)
+        launch.launch(Calls(lambda *args, **options: calls.append((args, options))), 3, "x", BLOCK=1)
     assert calls == [(("x",), {"BLOCK": 1})]
     assert "no such GPU" in caplog.text
     assert not launch.pending

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quartet_compile.kernels.format import ceil_div
 from quartet_compile.kernels.triton_kernels.launch import launch, on_device_of
 from quartet_compile.kernels.triton_kernels.numbers import e2m1_value, e4m3_value, exponent_of, times_power_of_two
 
@@ -44,7 +45,7 @@ def dequantize(codes: Tensor, scales: Tensor, a_scale: Tensor, b_scale: Tensor, 
     if groups:
         with on_device_of(codes):
             launch(
-                dequantize_kernel, triton.cdiv(groups, block),
+                dequantize_kernel, ceil_div(groups, block),
                 codes, scales.view(torch.uint8), a_scale, b_scale, scale_exponent, out, groups, SECOND=second, BLOCK=block, num_warps=4,
             )  # fmt: skip
     return out

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet_compile.kernels.format import E2M1_MAX, GROUP, ceil_to
+from quartet_compile.kernels.format import E2M1_MAX, GROUP, ceil_div, ceil_to
 from quartet_compile.kernels.reference import SCALE_CEILING
 from quartet_compile.kernels.triton_kernels.forward_groups import load_groups, round_any_kernel, round_groups, store_codes_and_values
 from quartet_compile.kernels.triton_kernels.forward_words import origin_of, round_words_kernel
@@ -125,7 +125,7 @@ def _quantize(x: Tensor, rule: str, with_codes: bool, with_values: bool) -> tupl
     raw_scales, raw_values = scales.view(torch.uint8), values.view(torch.int16)
     in_words = x.dtype == torch.bfloat16 and columns % GROUP == 0 and is_aligned(x)
     block = WORDS_BLOCK if in_words else ANY_BLOCK
-    blocks = triton.cdiv(groups, block)
+    blocks = ceil_div(groups, block)
     peaks = torch.empty(blocks, dtype=torch.int32, device=x.device)
     forms = {"FOUR": rule == "four_over_six", "CODES": with_codes, "VALUES": with_values, "BLOCK": block}
     shape = (groups, columns, scales.shape[1])
@@ -139,7 +139,7 @@ def _quantize(x: Tensor, rule: str, with_codes: bool, with_values: bool) -> tupl
         else:
             launch(round_any_kernel, blocks, x, codes, raw_scales, raw_values, peaks, *shape, **forms, **shape_forms, **options)
         launch(
-            align_scales_kernel, min(triton.cdiv(groups, CHUNK), 2 * target.processors), x, codes, raw_scales, raw_values, peaks, g, *shape,
+            align_scales_kernel, min(ceil_div(groups, CHUNK), 2 * target.processors), x, codes, raw_scales, raw_values, peaks, g, *shape,
             CEILING=SCALE_CEILING[rule], REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH, **forms, **shape_forms, **options,
         )  # fmt: skip
     return codes, scales, g, values

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet_compile.kernels.format import ROTATION, ceil_to
+from quartet_compile.kernels.format import ROTATION, ceil_div, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_codes import (
     align_tiles,
     exact_codes,
@@ -190,7 +190,7 @@ def _launch(
 ) -> None:  # fmt: skip
     (rows, columns), (row_stride, column_stride) = e.shape, e.stride()
     tile = tile_for(target.capability, e.dtype, asked["ROW"], asked["COLUMN"])
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns)
     programs = min(tiles, tile.resident * target.processors)
     sides, launches = [], []
     for packed, tile_rows, which, shape in (
@@ -212,7 +212,7 @@ def _launch(
             **asked, **target.forms(e.dtype), ROWS=tile.rows, COLUMNS=tile.columns, STAGES=tile.stages, **tile.options, **FUSED,
         )  # fmt: skip
         for arguments, constants in launches:
-            checks = triton.cdiv(tiles, constants["TILES"])
+            checks = ceil_div(tiles, constants["TILES"])
             launch(align_gradient_kernel, checks, *arguments, **target.forms(e.dtype), **constants, **ALIGN_OPTIONS, **EXACT)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet_compile.kernels.format import ROTATION, ceil_to
+from quartet_compile.kernels.format import ROTATION, ceil_div, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_values import (
     AGAIN,
     CHECKED_CHUNKS,
@@ -196,7 +196,7 @@ def grad_values(
         return row_out if row_out is None else row_out.zero_(), column_out if column_out is None else column_out.zero_()
     asked = {"ROW": row_out is not None, "COLUMN": column_out is not None}
     tile = tile_for(target.capability, e.dtype, asked["ROW"], asked["COLUMN"])
-    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns)
     programs = min(tiles, tile.resident * target.processors)
     row_peaks, row_exponents = new_flags(e, programs, tiles, tile.rows)
     column_peaks, column_exponents = new_flags(e, programs, tiles, tile.columns)

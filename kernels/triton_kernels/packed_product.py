@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quartet_compile.kernels.format import ceil_div
 from quartet_compile.kernels.triton_kernels.launch import EXACT, Target, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, e2m1_value, e4m3_value, to_bfloat16, to_float32
 
@@ -187,7 +188,7 @@ def matmul_packed(
         return out
     target = target_of(a_codes)
     options = product_tiles(target, swizzled)[0]
-    programs = triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"])
+    programs = ceil_div(M, options["BLOCK_M"]) * ceil_div(N, options["BLOCK_N"])
     with on_device_of(a_codes):
         if swizzled:  # room for the descriptors
             triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=a_codes.device))

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet_compile.kernels.format import ROTATION, ceil_to
+from quartet_compile.kernels.format import ROTATION, ceil_div, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_codes import (
     align_tiles,
     exact_codes,
@@ -110,10 +110,10 @@ def requantize(
         return packed
     target = target_of(codes)
     tile_columns, options = saved_tile(target.capability)
-    blocks, strips = triton.cdiv(length, 128), triton.cdiv(columns, tile_columns)
+    blocks, strips = ceil_div(length, 128), ceil_div(columns, tile_columns)
     tiles = blocks * strips
     chunk = chunk_of(tiles, target)
-    programs = blocks * triton.cdiv(strips, chunk)
+    programs = blocks * ceil_div(strips, chunk)
     peaks, exponents = new_flags(codes, programs, tiles, tile_columns)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), out_codes.view(torch.int32), out_scales.view(torch.uint8), exponents, peaks,
@@ -123,7 +123,7 @@ def requantize(
     with on_device_of(codes):
         launch(saved_codes_kernel, programs, *arguments, chunk, **forms, **options, **FUSED)
         launch(
-            align_saved_kernel, triton.cdiv(tiles, ALIGNED_TILES), *arguments, tensor_scale, g, tiles, programs,
+            align_saved_kernel, ceil_div(tiles, ALIGNED_TILES), *arguments, tensor_scale, g, tiles, programs,
             **forms, TILES=ALIGNED_TILES, **ALIGN_OPTIONS, **EXACT,
         )  # fmt: skip
     return packed

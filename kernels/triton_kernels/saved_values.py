@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet_compile.kernels.format import ROTATION, ceil_to
+from quartet_compile.kernels.format import ROTATION, ceil_div, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_values import (
     AGAIN,
     CHECKED_CHUNKS,
@@ -196,10 +196,10 @@ def requantize_values(
     out = torch.empty((columns, ceil_to(length, ROTATION)), dtype=torch.bfloat16, device=codes.device)
     if out.numel() == 0:
         return out
-    blocks, strips = triton.cdiv(length, 128), triton.cdiv(columns, TILE_COLUMNS)
+    blocks, strips = ceil_div(length, 128), ceil_div(columns, TILE_COLUMNS)
     target = target_of(codes)
     chunk = chunk_of(blocks * strips, target)
-    programs = blocks * triton.cdiv(strips, chunk)
+    programs = blocks * ceil_div(strips, chunk)
     program_peaks, exponents = new_flags(codes, programs, blocks * strips, TILE_COLUMNS)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), tensor_scale, rotations, out, program_peaks, exponents, seeds, index, rank,
