@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from fake_gpu import fake_gpu
+from triton_support import Calls
 
 import quartet_compile.backend
 import quartet_compile.kernels.value_ops  # noqa: F401  (registers the operators)
@@ -33,16 +34,6 @@ def jobs_of(op: Any, *shapes_and_rest: Any, dtype: torch.dtype = torch.bfloat16)
     with fake_gpu(90), FakeTensorMode():
         arguments = [torch.empty(a, dtype=dtype, device="cuda") if isinstance(a, tuple) else a for a in shapes_and_rest]
         return precompile.rehearse(ops.ON_GPU[op], arguments)
-
-
-class Calls:
-    """A kernel that is a function: what it is launched with, it is called with."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self.function
 
 
 def test_a_rehearsal_notes_the_launches_of_an_operator() -> None:

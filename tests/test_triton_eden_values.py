@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from triton_support import (
     EXACT_SUMS,
     MATRICES,
     SHAPES,
+    Calls,
     Packed,
     matrix,
     on_devices,
@@ -117,7 +117,7 @@ def test_groups_that_need_the_tensor_scale_are_made_again(device):
 @on_devices
 def test_without_the_second_launch_those_groups_would_be_wrong(device, monkeypatch):
     """So the test above tests it."""
-    monkeypatch.setattr(gradient_values, "gradient_again_kernel", defaultdict(lambda: lambda *_, **__: None))
+    monkeypatch.setattr(gradient_values, "gradient_again_kernel", Calls(lambda *_, **__: None))
     e = quiet_rows(device)
     with pytest.raises(AssertionError):
         assert_grad_values(e)

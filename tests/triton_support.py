@@ -13,6 +13,7 @@ there, nothing may differ at all. Signs of zeros: see `test_rotated_zeros`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,16 @@ NEEDS_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), 
 on_devices = pytest.mark.parametrize("device", ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=NEEDS_GPU)])
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Calls:
+    """A kernel that is a function: what it is launched with, it is called with."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.function
 
 
 def first(*values: Any, fast: int = 1) -> list[Any]:
