@@ -5,6 +5,7 @@
     python benchmarks/train_step.py --dtype bfloat16         parameters in bfloat16, no autocast
     python benchmarks/train_step.py --mode reduce-overhead   with CUDA graphs
     python benchmarks/train_step.py --models llama-1b --profile      the kernels of one quartet step, too
+    python benchmarks/train_step.py --recompute none operands        quartet with each of these values of quartet.recompute
 
 Models are the demo's GPT (examples/gpt_model.py): "demo" is its preset gpu, "llama-1b" has the sizes of Llama 3.2 1B, without grouped
 queries and with a smaller vocabulary. A step is forward, cross-entropy, backward and fused AdamW on random tokens. The same parameters
@@ -39,8 +40,9 @@ from gpt_model import GPT, GPTConfig
 from gpt_training import PRESETS
 
 import quartet_compile  # noqa: F401  (registers the backend where the package is on the path, but not installed)
+from quartet_compile.passes.recompute import CHOICES
 
-BACKENDS = {"bf16": "inductor", "quartet": "quartet"}
+BF16 = "inductor"
 HEADER = (
     "model", "parameters", "backend", "first step s", "ratio", "step ms", "p20-p80", "tokens/s", "speed", "peak GiB", "ratio"
 )  # fmt: skip
@@ -110,6 +112,8 @@ def cold(run: Callable[[], object], device: torch.device, folder: str) -> float:
             for value in vars(module).values():
                 if hasattr(value, "device_caches"):  # a Triton kernel: what this process has loaded for an earlier model
                     value.device_caches.clear()
+            if name.endswith(".launch"):
+                module.forget_binaries()
     with fresh_cache(dir=folder, delete=False):
         return seconds_of(run, device)
 
@@ -143,8 +147,17 @@ def profile(run: Callable[[], object], device: torch.device) -> list[dict[str, A
     return sorted(kernels, key=lambda kernel: -kernel["seconds"])
 
 
+def backends(arguments: Any) -> dict[str, dict[str, Any]]:
+    """How torch.compile is called for each row, by the row's name."""
+    found: dict[str, dict[str, Any]] = {BF16: {"backend": "inductor", "mode": arguments.mode}}
+    for choice in arguments.recompute:
+        options = {"quartet.recompute": choice, "quartet.mode": arguments.mode}
+        found["quartet" if choice == "none" else f"quartet, {choice} again"] = {"backend": "quartet", "options": options}
+    return found
+
+
 def measure(name: str, case: Case, device: torch.device, blocks: int, steps: int, arguments: Any) -> tuple[list[dict[str, Any]], list]:
-    """One row for each backend, and the kernels of a quartet step if they were asked for."""
+    """One row for each backend, and the kernels of a step of the last one if they were asked for."""
     torch._dynamo.reset()
     gc.collect()
     before = allocated(device)
@@ -153,12 +166,12 @@ def measure(name: str, case: Case, device: torch.device, blocks: int, steps: int
     runs: dict[str, Callable[[], None]] = {}
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for key, backend in BACKENDS.items():
-            progress(f"{name}: compiling with {backend}")
+        for key, settings in backends(arguments).items():
+            progress(f"{name}: compiling with {key}")
             others = allocated(device) - own  # the other backend's CUDA graphs, for one
-            runs[key] = partial(trained.step, torch.compile(trained.model, backend=backend, mode=arguments.mode, dynamic=False))
+            runs[key] = partial(trained.step, torch.compile(trained.model, dynamic=False, **settings))
             rows[key] = {
-                "model": name, "parameters": trained.model.parameter_count(), "backend": backend, "tokens": case.tokens,
+                "model": name, "parameters": trained.model.parameter_count(), "backend": key, "tokens": case.tokens,
                 "dtype": arguments.dtype, "mode": arguments.mode, "first_step_seconds": cold(runs[key], device, folder),
             }  # fmt: skip
             for _ in range(3):  # warm up, CUDA graphs included
@@ -170,17 +183,18 @@ def measure(name: str, case: Case, device: torch.device, blocks: int, steps: int
             for key, run in runs.items():
                 run()  # after the other backend's steps: not timed
                 samples[key].append(seconds_of(lambda run=run: [run() for _ in range(steps)], device) / steps)
-        kernels = profile(runs["quartet"], device) if arguments.profile else []
+        kernels = profile(runs[key], device) if arguments.profile else []
     for key, row in rows.items():
         timing = Timing.of(samples[key])
         row |= {"seconds": timing.seconds, "seconds_p20": timing.low, "seconds_p80": timing.high}
         row["tokens_per_second"] = case.tokens / timing.seconds
-    bf16, quartet = rows["bf16"], rows["quartet"]
-    quartet["speed"] = bf16["seconds"] / quartet["seconds"]
-    quartet["first_step_ratio"] = quartet["first_step_seconds"] / bf16["first_step_seconds"]
-    quartet["peak_ratio"] = quartet["peak_bytes"] / bf16["peak_bytes"] if bf16["peak_bytes"] else None
+        if key != BF16:
+            bf16 = rows[BF16]
+            row["speed"] = bf16["seconds"] / row["seconds"]
+            row["first_step_ratio"] = row["first_step_seconds"] / bf16["first_step_seconds"]
+            row["peak_ratio"] = row["peak_bytes"] / bf16["peak_bytes"] if bf16["peak_bytes"] else None
     if kernels:
-        quartet["kernels"] = kernels
+        row["kernels"] = kernels
     return list(rows.values()), kernels
 
 
@@ -206,7 +220,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def print_kernels(name: str, kernels: list[dict[str, Any]], step_seconds: float) -> None:
     busy = sum(kernel["seconds"] for kernel in kernels)
-    print(f"\n{name}, quartet: {busy * 1e3:.2f} ms of kernels in one step, {busy / step_seconds:.0%} of its {step_seconds * 1e3:.2f} ms")
+    print(f"\n{name}: {busy * 1e3:.2f} ms of kernels in one step, {busy / step_seconds:.0%} of its {step_seconds * 1e3:.2f} ms")
     rows = [[k["kernel"][:90], str(k["calls"]), f"{k['seconds'] * 1e3:.3f}", f"{k['share']:.1%}"] for k in kernels[:TOP_KERNELS]]
     print(table(("kernel", "calls", "ms", "share"), rows))
 
@@ -216,8 +230,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=CASES, help="default: both; with --quick demo")
     parser.add_argument("--dtype", choices=("autocast", "bfloat16"), default="autocast", help="default: bfloat16 autocast")
     parser.add_argument("--mode", help="torch.compile's mode, for both backends")
+    parser.add_argument("--recompute", nargs="+", choices=CHOICES, default=["none"], help="values of quartet.recompute; default: none")
     parser.add_argument("--batch", type=int, help="sequences in a step, in place of the model's own number")
-    parser.add_argument("--profile", action="store_true", help=f"print the {TOP_KERNELS} largest kernels of one quartet step")
+    parser.add_argument("--profile", action="store_true", help=f"print the {TOP_KERNELS} largest kernels of one step of the last row")
     arguments = parser.parse_args()
     device = device_of(parser, arguments)
     warm_up_compiler(device)

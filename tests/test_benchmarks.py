@@ -68,3 +68,28 @@ def test_without_a_gpu_one_line_says_so(script):
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"{script}: no CUDA GPU")
+
+
+@pytest.mark.slow
+def test_training_steps():
+    """A small model on the CPU: every row, with ratios against BF16's."""
+    code = """
+import sys
+from argparse import Namespace
+import torch, train_step
+from gpt_model import GPTConfig
+case = train_step.Case(GPTConfig(vocab=64, context=32, layers=1, heads=2, dim=64, hidden=128), batch=2)
+arguments = Namespace(dtype="autocast", mode=None, recompute=["none", "operands"], profile=False)
+rows, kernels = train_step.measure("small", case, torch.device("cpu"), 1, 1, arguments)
+assert kernels == []
+for row in rows:
+    print(*train_step.cells(row), sep="|")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr
+    bf16, *others = [line.split("|") for line in done.stdout.splitlines()]
+    assert [row[2] for row in (bf16, *others)] == ["inductor", "quartet", "quartet, operands again"]
+    assert bf16[4] == bf16[8] == ""
+    for row in others:
+        assert float(row[4]) == pytest.approx(float(row[3]) / float(bf16[3]), rel=0.05)
+        assert float(row[8]) == pytest.approx(float(bf16[5]) / float(row[5]), rel=0.05)

@@ -147,6 +147,11 @@ def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
         _compiled[key] = binary, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
 
 
+def forget_binaries() -> None:
+    """Have the next launch of each kind ask Triton again."""
+    _compiled.clear()
+
+
 def kind_of(argument: Any) -> Any:
     """What a binary is specialized on, and the device that it is on: equal for two arguments only if they take the same binary."""
     if isinstance(argument, Tensor):
