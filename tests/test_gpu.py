@@ -121,20 +121,47 @@ def test_noise_is_fresh_at_every_replay_of_a_cuda_graph() -> None:
         assert float((a - b).norm() / a.norm()) < 0.5
 
 
-def test_memory_kept_for_the_backward_pass_is_packed() -> None:
+def gelu_layers() -> tuple[nn.Module, torch.Tensor]:
     layers = nn.Sequential(*(nn.Sequential(nn.Linear(1024, 1024, bias=False), nn.GELU()) for _ in range(8))).cuda().bfloat16()
-    x = torch.randn(8192, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    kept = {}
-    for backend in ("inductor", "quartet"):
-        torch._dynamo.reset()
-        compiled = torch.compile(layers, backend=backend)
-        compiled(x).sum().backward()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        y = compiled(x)
-        kept[backend] = torch.cuda.memory_allocated() - before
-        del y
+    return layers, torch.randn(8192, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+
+def kept_bytes(layers: nn.Module, x: torch.Tensor, **settings: Any) -> int:
+    """What is allocated between a forward and its backward, the result of the forward included."""
+    torch._dynamo.reset()
+    compiled = torch.compile(layers, **settings)
+    compiled(x).sum().backward()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = compiled(x)
+    kept = torch.cuda.memory_allocated() - before
+    del y
+    return kept
+
+
+def test_memory_kept_for_the_backward_pass_is_packed() -> None:
+    layers, x = gelu_layers()
+    kept = {backend: kept_bytes(layers, x, backend=backend) for backend in ("inductor", "quartet")}
     print({k: f"{v / 2**20:.1f} MiB" for k, v in kept.items()})
     report = quartet.explain(layers, x)
     assert report.saved_bytes_after < report.saved_bytes_before
     assert kept["quartet"] < kept["inductor"]
+
+
+def test_recomputed_operands_are_not_kept() -> None:
+    """Gradients from the same seeds agree; a code may differ where Inductor contracts a product and a sum in one of both places only."""
+    layers, x = gelu_layers()
+    kept, gradients = {}, {}
+    for choice in ("none", "weights", "operands"):
+        settings = {"backend": "quartet", "options": {"quartet.recompute": choice}}
+        kept[choice] = kept_bytes(layers, x, **settings)
+        layers.zero_grad()
+        torch.manual_seed(1)
+        torch.compile(layers, **settings)(x).float().square().sum().backward()
+        gradients[choice] = torch.cat([p.grad.flatten() for p in layers.parameters()])
+    print({k: f"{v / 2**20:.1f} MiB" for k, v in kept.items()})
+    weights, inputs = (n * 1024 * 9 // 16 for n in (8 * 1024, 7 * 8192))  # the first input is nobody's to make again
+    assert kept["none"] - kept["weights"] == pytest.approx(weights, rel=0.01)
+    assert kept["weights"] - kept["operands"] == pytest.approx(inputs, rel=0.01)
+    for choice in ("weights", "operands"):
+        assert relative_error(gradients[choice].cpu(), gradients["none"].cpu()) < 1e-3
