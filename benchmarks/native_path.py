@@ -70,7 +70,7 @@ ALIGN = Pass("align_gradient", _aligned(_rows), PROVISIONAL + SCALE, rare=REPAIR
 ALIGN_TRANSPOSED = Pass("align_gradient_transposed", _aligned(_rows), PROVISIONAL + SCALE, rare=REPAIR)
 ALIGN_SAVED = Pass("align_saved", _aligned(_columns), PROVISIONAL + SCALE, rare=REPAIR)
 SWIZZLE = Pass("swizzle", None, 2 * SCALE)
-"""The scales in the order that tensor cores read (`passes.swizzle`): pointwise code by Inductor."""
+"""The scales of forward operands in the order that tensor cores read (`passes.native`): pointwise code by Inductor."""
 
 FORWARD = (
     Pass("words", _groups, BF16 + CODE + SCALE),
@@ -78,9 +78,9 @@ FORWARD = (
 )
 """Launches of ``quantize``, for x and for w."""
 
-REQUANTIZE = dict.fromkeys(("w", "x"), (SAVED, ALIGN_SAVED, SWIZZLE))
-ONE_READ = (BOTH, ALIGN, SWIZZLE, ALIGN_TRANSPOSED, SWIZZLE)
-TWO_READS = (GRADIENT, ALIGN, SWIZZLE, TRANSPOSED, ALIGN_TRANSPOSED, SWIZZLE)
+REQUANTIZE = dict.fromkeys(("w", "x"), (SAVED, ALIGN_SAVED))
+ONE_READ = (BOTH, ALIGN, ALIGN_TRANSPOSED)
+TWO_READS = (GRADIENT, ALIGN, TRANSPOSED, ALIGN_TRANSPOSED)
 """Launches for both orientations of a gradient: from one read where tensor cores read what they rotate in shared memory or their own."""
 
 PRODUCT = "product_swizzled_0"

@@ -99,8 +99,8 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
         "saved": Case(saved_codes.saved_codes_kernel, {**saved, "chunk": "i32"}, saved_forms, {**options, **FUSED}, exact=False),
         "align_saved": Case(
             saved_codes.align_saved_kernel,
-            {**saved, "incoming": "*fp32", "out_tensor_scale": "*fp32", "tiles": "i32", "programs": "i32"},
-            {**saved_forms, "TILES": saved_codes.ALIGNED_TILES},
+            {**saved, "swizzled": "*i32", "incoming": "*fp32", "out_tensor_scale": "*fp32", "tiles": "i32", "programs": "i32"},
+            {**saved_forms, "TILES": saved_codes.ALIGNED_TILES, "SWIZZLED": target.native},
             saved_codes.ALIGN_OPTIONS,
         ),
     }
@@ -110,7 +110,7 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
         "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "tiles": "i32",
     }  # fmt: skip
     aligned = {
-        **packed, "operand": f"*{dtype}", "out_tensor_scale": "*fp32", "seeds": "*i64", "index": "i32", "rank": "i32",
+        **packed, "swizzled": "*i32", "operand": f"*{dtype}", "out_tensor_scale": "*fp32", "seeds": "*i64", "index": "i32", "rank": "i32",
         "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "column_stride": "i32!", "tiles": "i32", "programs": "i32",
     }  # fmt: skip
     for name, row, column in (("", True, False), ("_transposed", False, True), ("_both", True, True)):
@@ -124,10 +124,14 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
         if row and column:
             continue  # aligned one after the other
         tile_rows, stride = (tile.rows, "column_stride") if row else (tile.columns, "row_stride")
+        constants = {
+            **forms, stride: 1, "ROWS": tile_rows, "BLOCKS_FIRST": row, "TILES": gradient_codes.aligned_tiles(tile_rows),
+            "SWIZZLED": target.native,
+        }  # fmt: skip
         found[f"align_gradient{name}"] = Case(
             gradient_codes.align_gradient_kernel,
             {name: kind for name, kind in aligned.items() if name != stride},
-            {**forms, stride: 1, "ROWS": tile_rows, "BLOCKS_FIRST": row, "TILES": gradient_codes.aligned_tiles(tile_rows)},
+            constants,
             gradient_codes.ALIGN_OPTIONS,
         )
     return found

@@ -96,6 +96,11 @@ SCALE_TILE_ROWS = 128
 SCALE_TILE_GROUPS = 4
 
 
+def swizzled_numel(rows: int, groups: int) -> int:
+    """How many scales of a matrix [rows, groups * 16] there are with their padding."""
+    return ceil_to(rows, SCALE_TILE_ROWS) * ceil_to(groups, SCALE_TILE_GROUPS)
+
+
 def swizzle_scales(scales: Tensor) -> Tensor:
     """Scales in the order that Blackwell's tensor cores read them.
 

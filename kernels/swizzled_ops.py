@@ -1,21 +1,25 @@
 """Operators on scales in the order that FP4 tensor cores read them.
 
 Quantizers return scales [M, K/16] row by row, which is what the backward pass reads and what is saved. Blackwell's fast paths to its tensor
-cores, Triton's descriptors and cuBLAS, want them in tiles (`format.swizzle_scales`). `passes.swizzle` therefore rewrites products there:
+cores, Triton's descriptors and cuBLAS, want them in tiles (`format.swizzle_scales`). `passes.native` therefore rewrites products there:
 
 ``swizzle(scales)``
     float8_e4m3fn [M, G] -> the same numbers, flat [ceil(M/128)*128 * ceil(G/4)*4], zero where padded.
 ``matmul_swizzled(a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype)``
     ``matmul`` of `ops`, with flat scales and K a multiple of 32.
+``quantize_grad_swizzled``, ``quantize_grad_both_swizzled``, ``requantize_swizzled``
+    As those of `ops`, with flat scales, whatever stands where they are padded: operands of products that nobody saves.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from quartet_compile.kernels import ops
-from quartet_compile.kernels.format import GROUP, SCALE_TILE_GROUPS, SCALE_TILE_ROWS, ceil_to, swizzle_scales, unswizzle_scales
+from quartet_compile.kernels.format import GROUP, swizzle_scales, swizzled_numel, unswizzle_scales
 
 _library = torch.library.Library("quartet", "FRAGMENT")
 _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -23,6 +27,21 @@ _library.define("swizzle(Tensor scales) -> Tensor", tags=_tags)
 _library.define(
     "matmul_swizzled(Tensor a_codes, Tensor a_scales, Tensor a_tensor_scale, Tensor b_codes, Tensor b_scales, Tensor b_tensor_scale,"
     " Tensor? bias, float scale, ScalarType out_dtype) -> Tensor",
+    tags=_tags,
+)
+
+
+_library.define(
+    "quantize_grad_swizzled(Tensor e, Tensor seeds, int index, str rule, bool transpose) -> (Tensor, Tensor, Tensor)", tags=_tags
+)
+_library.define(
+    "quantize_grad_both_swizzled(Tensor e, Tensor seeds, int index, int transposed_index, str rule)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_tags,
+)
+_library.define(
+    "requantize_swizzled(Tensor codes, Tensor scales, Tensor tensor_scale, SymInt columns, Tensor seeds, int index, str rule)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=_tags,
 )
 
@@ -49,11 +68,6 @@ def _check_product(a_codes: Tensor, b_codes: Tensor, bias: Tensor | None, out_dt
     ops.check_product("matmul_swizzled", a, b, bias, out_dtype)
 
 
-def swizzled_numel(rows: int, groups: int) -> int:
-    """How many scales of a matrix [rows, groups * 16] there are with their padding."""
-    return ceil_to(rows, SCALE_TILE_ROWS) * ceil_to(groups, SCALE_TILE_GROUPS)
-
-
 @torch.library.register_fake("quartet::swizzle", lib=_library)
 def _swizzle_fake(scales: Tensor) -> Tensor:
     _check_scales(scales)
@@ -69,6 +83,63 @@ def _matmul_swizzled_fake(
     _check_operand(b_codes, b_scales, b_tensor_scale)
     _check_product(a_codes, b_codes, bias, out_dtype)
     return a_codes.new_empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
+
+
+def _flat(packed: tuple[Tensor, ...], order: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Packed matrices one after the other, the scales of each in another order."""
+    return tuple(order(part) if i % 3 == 1 else part for i, part in enumerate(packed))
+
+
+@torch.library.register_fake("quartet::quantize_grad_swizzled", lib=_library)
+def _quantize_grad_swizzled_fake(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool) -> tuple[Tensor, ...]:
+    return _flat(torch.ops.quartet.quantize_grad(e, seeds, index, rule, transpose), _swizzle_fake)
+
+
+@torch.library.register_fake("quartet::quantize_grad_both_swizzled", lib=_library)
+def _quantize_grad_both_swizzled_fake(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str) -> tuple[Tensor, ...]:
+    return _flat(torch.ops.quartet.quantize_grad_both(e, seeds, index, transposed_index, rule), _swizzle_fake)
+
+
+@torch.library.register_fake("quartet::requantize_swizzled", lib=_library)
+def _requantize_swizzled_fake(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
+) -> tuple[Tensor, ...]:
+    return _flat(torch.ops.quartet.requantize(codes, scales, tensor_scale, columns, seeds, index, rule), _swizzle_fake)
+
+
+def _quantize_grad_swizzled_cpu(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool) -> tuple[Tensor, ...]:
+    return _flat(torch.ops.quartet.quantize_grad(e, seeds, index, rule, transpose), swizzle_scales)
+
+
+def _quantize_grad_both_swizzled_cpu(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str) -> tuple[Tensor, ...]:
+    return _flat(torch.ops.quartet.quantize_grad_both(e, seeds, index, transposed_index, rule), swizzle_scales)
+
+
+def _requantize_swizzled_cpu(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
+) -> tuple[Tensor, ...]:
+    return _flat(torch.ops.quartet.requantize(codes, scales, tensor_scale, columns, seeds, index, rule), swizzle_scales)
+
+
+def _quantize_grad_swizzled_cuda(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool) -> tuple[Tensor, ...]:
+    ops.check_operand("quantize_grad_swizzled", e)
+    ops.check_rule("quantize_grad_swizzled", rule, ops.BACKWARD_RULES)
+    return ops.triton_kernels().quantize_grad(e, seeds, index, rule, transpose, ops.rank(), swizzled=True)
+
+
+def _quantize_grad_both_swizzled_cuda(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str) -> tuple[Tensor, ...]:
+    ops.check_operand("quantize_grad_both_swizzled", e)
+    ops.check_rule("quantize_grad_both_swizzled", rule, ops.BACKWARD_RULES)
+    return ops.triton_kernels().quantize_grad_both(e, seeds, index, transposed_index, rule, ops.rank(), swizzled=True)
+
+
+def _requantize_swizzled_cuda(
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str
+) -> tuple[Tensor, ...]:
+    ops.check_packed("requantize_swizzled", codes, scales, tensor_scale)
+    ops.check_columns("requantize_swizzled", codes, columns)
+    ops.check_rule("requantize_swizzled", rule, ops.BACKWARD_RULES)
+    return ops.triton_kernels().requantize(codes, scales, tensor_scale, columns, seeds, index, rule, ops.rank(), swizzled=True)
 
 
 def _swizzle(scales: Tensor) -> Tensor:
@@ -97,6 +168,15 @@ def _matmul_swizzled_cuda(
         a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype, swizzled=True
     )
 
+
+for _name, _on_cpu, _on_cuda in (
+    ("quantize_grad_swizzled", _quantize_grad_swizzled_cpu, _quantize_grad_swizzled_cuda),
+    ("quantize_grad_both_swizzled", _quantize_grad_both_swizzled_cpu, _quantize_grad_both_swizzled_cuda),
+    ("requantize_swizzled", _requantize_swizzled_cpu, _requantize_swizzled_cuda),
+):
+    _library.impl(_name, _on_cpu, "CPU")
+    _library.impl(_name, _on_cuda, "CUDA")
+    ops.ON_GPU[getattr(torch.ops.quartet, _name).default] = _on_cuda
 
 for _device, _product in (("CPU", _matmul_swizzled_cpu), ("CUDA", _matmul_swizzled_cuda)):
     _library.impl("swizzle", _swizzle, _device)

@@ -2,8 +2,10 @@
 
     quantize_grad(e, ...), quantize_grad(e, ..., transposed)    becomes    quantize_grad_both(e, ...)
     matmul(*quantize(x), *quantize(w), bias)                    becomes    matmul_swizzled(codes, swizzle(scales), tensor_scale, ..., bias)
+    swizzle(scales of quantize_grad, requantize)                becomes    scales of quantize_grad_swizzled, requantize_swizzled
 
-behind the partitioner, so that what is saved are the scales row by row, which the backward pass reads. Each matrix is swizzled once.
+behind the partitioner, so that what is saved are the scales row by row, which the backward pass reads. Each matrix is swizzled once: by
+Inductor's code in the forward pass, where both orders are needed, and by the quantizers themselves in the backward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def has_fp4_tensor_cores(device: torch.device) -> bool:
 
 
 class NativePass(CustomGraphPass):
-    """`read_gradients_once` and `swizzle` as a custom pass of Inductor behind the partitioner."""
+    """`read_gradients_once`, `swizzle` and `write_swizzled` as a custom pass of Inductor behind the partitioner."""
 
     def __init__(self, native: Callable[[torch.device], bool] = has_fp4_tensor_cores) -> None:
         self.native = native
@@ -37,6 +39,7 @@ class NativePass(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         read_gradients_once(graph, self.native)
         swizzle(graph, self.native)
+        write_swizzled(graph)
 
     def uuid(self) -> Any:
         return "quartet native", source_hash(), self.native.__module__, self.native.__qualname__
@@ -84,3 +87,31 @@ def swizzle(graph: Graph, native: Callable[[torch.device], bool]) -> None:
             new = add_call(graph, quartet.matmul_swizzled.default, tuple(arguments), node, f"{node.name}_swizzled")
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+
+
+SWIZZLED = {
+    quartet.quantize_grad.default: quartet.quantize_grad_swizzled.default,
+    quartet.quantize_grad_both.default: quartet.quantize_grad_both_swizzled.default,
+    quartet.requantize.default: quartet.requantize_swizzled.default,
+}
+"""Quantizers, and those that write scales in the order of the cores."""
+
+
+def write_swizzled(graph: Graph) -> None:
+    """Have quantizers write swizzled scales where nothing else of the scales is read; in place."""
+    for plain, swizzled in SWIZZLED.items():
+        for node in graph.find_nodes(op="call_function", target=plain):
+            parts: list[Any] = list(node.users)
+            scales = [part for part in parts if part.args[1] % 3 == 1]
+            orders = [next(iter(part.users)) for part in scales if [user.target for user in part.users] == [quartet.swizzle.default]]
+            if not scales or len(orders) < len(scales):
+                continue
+            with graph.inserting_before(node):
+                new = add_call(graph, swizzled, node.args, node, f"{node.name}_swizzled")
+            for order in orders:
+                order.replace_all_uses_with(order.args[0])
+                graph.erase_node(order)
+            node.replace_all_uses_with(new)
+            for part in parts:
+                part.meta["val"] = new.meta["val"][part.args[1]]
+            graph.erase_node(node)

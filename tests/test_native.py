@@ -33,6 +33,25 @@ def test_product_of_swizzled_scales(bias: torch.dtype | None) -> None:
     assert torch.equal(quartet.matmul_swizzled(*a, *b, bias_row, 1 / 128, torch.bfloat16), expected)
 
 
+@pytest.mark.parametrize("shape", [(150, 70), (128, 256)])
+def test_swizzled_quantizers(shape: tuple[int, int]) -> None:
+    e, seeds = torch.randn(shape), torch.tensor([5, 7])
+    saved = quartet.quantize(e, "four_over_six")
+    calls: list[tuple[Any, Any, tuple[Any, ...]]] = [
+        (quartet.quantize_grad, quartet.quantize_grad_swizzled, (e, seeds, 0, "ms_eden", False)),
+        (quartet.quantize_grad, quartet.quantize_grad_swizzled, (e, seeds, 0, "ms_eden", True)),
+        (quartet.quantize_grad_both, quartet.quantize_grad_both_swizzled, (e, seeds, 0, 1, "ms_eden")),
+        (quartet.requantize, quartet.requantize_swizzled, (*saved, shape[1], seeds, 1, "ms_eden")),
+    ]
+    for plain, swizzled, arguments in calls:
+        tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+        torch.library.opcheck(swizzled.default, arguments, test_utils=tests)
+        for i, (ours, expected) in enumerate(zip(swizzled(*arguments), plain(*arguments), strict=True)):
+            if i % 3 == 1:
+                ours, expected = ours.view(torch.uint8), swizzle_scales(expected).view(torch.uint8)
+            assert torch.equal(ours, expected), (swizzled, i)
+
+
 def test_operators_agree_with_their_shapes() -> None:
     a, b = packed(150, 96), packed(70, 96)
     # Without test_schema, which cannot compare float8.
@@ -122,32 +141,24 @@ return (down_y_swizzled, *up_x, *up_w, *down_x, *down_w, le)
 
 def forward(self, *up_x, *up_w, *down_x, *down_w, le: "b8[32, 128]", tangents_1: "f32[32, 64]"):
 seeds: "i64[4]" = prims.inductor_seeds(4, device(type='cpu'))
-down_dw_e_both = quartet.quantize_grad_both(tangents_1, seeds, 1, 0, 'ms_eden')
-down_dw_e_tensor_scale_1: "f32[]" = down_dw_e_both[5]
-down_dw_e_scales_1: "f8e4m3fn[64, 8]" = down_dw_e_both[4]
-down_dw_e_scales_1_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_dw_e_scales_1)
-down_dw_e_codes_1: "u8[64, 64]" = down_dw_e_both[3]
-down_dx_e_scales_1_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_dx_e_scales_1)
-down_xt = quartet.requantize(*down_x, 128, seeds, 0, 'ms_eden')
-down_xt_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_xt_scales)
-down_dw_swizzled: "f32[64, 128]" = quartet.matmul_swizzled(down_dw_e_codes_1, down_dw_e_scales_1_swizzled, down_dw_e_tensor_scale_1, down_xt_codes, down_xt_scales_swizzled, down_xt_tensor_scale, None, 0.0078125, torch.float32)
-down_wt = quartet.requantize(*down_w, 128, seeds, 1, 'ms_eden')
-down_wt_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(down_wt_scales)
-down_dx_swizzled: "f32[32, 128]" = quartet.matmul_swizzled(down_dx_e_codes_1, down_dx_e_scales_1_swizzled, down_dx_e_tensor_scale_1, down_wt_codes, down_wt_scales_swizzled, down_wt_tensor_scale, None, 0.0078125, torch.float32)
+down_dw_e_both_swizzled = quartet.quantize_grad_both_swizzled(tangents_1, seeds, 1, 0, 'ms_eden')
+down_dw_e_tensor_scale_1: "f32[]" = down_dw_e_both_swizzled[5]
+down_dw_e_scales_1: "f8e4m3fn[1024]" = down_dw_e_both_swizzled[4]
+down_dw_e_codes_1: "u8[64, 64]" = down_dw_e_both_swizzled[3]
+down_xt_swizzled = quartet.requantize_swizzled(*down_x, 128, seeds, 0, 'ms_eden')
+down_dw_swizzled: "f32[64, 128]" = quartet.matmul_swizzled(down_dw_e_codes_1, down_dw_e_scales_1, down_dw_e_tensor_scale_1, *down_xt, None, 0.0078125, torch.float32)
+down_wt_swizzled = quartet.requantize_swizzled(*down_w, 128, seeds, 1, 'ms_eden')
+down_dx_swizzled: "f32[32, 128]" = quartet.matmul_swizzled(down_dx_e_codes_1, down_dx_e_scales_1, down_dx_e_tensor_scale_1, *down_wt, None, 0.0078125, torch.float32)
 full_default: "f32[]" = aten.full([], 0.0, dtype = torch.float32, layout = torch.strided, device = device(type='cpu'), pin_memory = False)
 where: "f32[32, 128]" = aten.where.self(le, full_default, down_dx_swizzled)
-up_wt = quartet.requantize(*up_w, 64, seeds, 2, 'ms_eden')
-up_wt_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(up_wt_scales)
-up_dx_e_both = quartet.quantize_grad_both(where, seeds, 2, 3, 'ms_eden')
-up_dw_e_tensor_scale_1: "f32[]" = up_dx_e_both[5]
-up_dw_e_scales_1: "f8e4m3fn[128, 8]" = up_dx_e_both[4]
-up_dw_e_scales_1_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(up_dw_e_scales_1)
-up_dw_e_codes_1: "u8[128, 64]" = up_dx_e_both[3]
-up_dx_e_scales_1_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(up_dx_e_scales_1)
-up_dx_swizzled: "f32[32, 64]" = quartet.matmul_swizzled(up_dx_e_codes_1, up_dx_e_scales_1_swizzled, up_dx_e_tensor_scale_1, up_wt_codes, up_wt_scales_swizzled, up_wt_tensor_scale, None, 0.0078125, torch.float32)
-up_xt = quartet.requantize(*up_x, 64, seeds, 3, 'ms_eden')
-up_xt_scales_swizzled: "f8e4m3fn[1024]" = quartet.swizzle(up_xt_scales)
-up_dw_swizzled: "f32[128, 64]" = quartet.matmul_swizzled(up_dw_e_codes_1, up_dw_e_scales_1_swizzled, up_dw_e_tensor_scale_1, up_xt_codes, up_xt_scales_swizzled, up_xt_tensor_scale, None, 0.0078125, torch.float32)
+up_wt_swizzled = quartet.requantize_swizzled(*up_w, 64, seeds, 2, 'ms_eden')
+up_dx_e_both_swizzled = quartet.quantize_grad_both_swizzled(where, seeds, 2, 3, 'ms_eden')
+up_dw_e_tensor_scale_1: "f32[]" = up_dx_e_both_swizzled[5]
+up_dw_e_scales_1: "f8e4m3fn[1024]" = up_dx_e_both_swizzled[4]
+up_dw_e_codes_1: "u8[128, 64]" = up_dx_e_both_swizzled[3]
+up_dx_swizzled: "f32[32, 64]" = quartet.matmul_swizzled(up_dx_e_codes_1, up_dx_e_scales_1, up_dx_e_tensor_scale_1, *up_wt, None, 0.0078125, torch.float32)
+up_xt_swizzled = quartet.requantize_swizzled(*up_x, 64, seeds, 3, 'ms_eden')
+up_dw_swizzled: "f32[128, 64]" = quartet.matmul_swizzled(up_dw_e_codes_1, up_dw_e_scales_1, up_dw_e_tensor_scale_1, *up_xt, None, 0.0078125, torch.float32)
 sum_1: "f32[1, 128]" = aten.sum.dim_IntList(where, [0], True)
 view: "f32[128]" = aten.reshape(sum_1, [128])
 return (up_dw_swizzled, view, up_dx_swizzled, down_dw_swizzled)""")

@@ -26,7 +26,7 @@ from triton_support import (
 )
 
 from quartet_compile.kernels import reference_ops
-from quartet_compile.kernels.format import ceil_to, unpack
+from quartet_compile.kernels.format import ceil_to, swizzle_scales, unpack, unswizzle_scales
 
 pytest.importorskip("triton")
 
@@ -194,6 +194,31 @@ def test_they_would_be_wrong_otherwise(device, kernels, monkeypatch):
     monkeypatch.setattr(kernels, "exact_codes", lambda y, *_: (*(tl.zeros((y.shape[0], 8), tl.int32) for _ in range(3)),))
     with pytest.raises(AssertionError):
         assert_quiet_rows_equal(device)
+
+
+@on_devices
+@pytest.mark.parametrize("kind", first("gauss", "quiet rows", "one number", "none"))
+def test_swizzled_scales_are_the_same_in_another_order(device, kind):
+    """Of rows that are there; what stands for others meets nothing."""
+    shape = {"one number": (1, 1), "none": (0, 64)}.get(kind, (130, 257))
+    e = quiet_rows(device) if kind == "quiet rows" else matrix("gauss", shape, torch.bfloat16, device)
+    rows, columns = e.shape
+    plain = triton_kernels.quantize_grad_both(e, seeds_on(device), 0, 1, "ms_eden", 0)
+    ours = triton_kernels.quantize_grad_both(e, seeds_on(device), 0, 1, "ms_eden", 0, swizzled=True)
+    assert_same_but_swizzled(ours[:3], plain[:3], rows)
+    assert_same_but_swizzled(ours[3:], plain[3:], columns)
+    for transpose in (False, True):
+        plain, ours = (triton_kernels.quantize_grad(e, seeds_on(device), 2, "ms_eden", transpose, 0, swizzled=s) for s in (False, True))
+        assert_same_but_swizzled(ours, plain, columns if transpose else rows)
+    packed = packed_on(e.float(), device)
+    plain, ours = (triton_kernels.requantize(*packed, columns, seeds_on(device), 0, "ms_eden", 0, swizzled=s) for s in (False, True))
+    assert_same_but_swizzled(ours, plain, columns)
+
+
+def assert_same_but_swizzled(ours: tuple[Tensor, ...], plain: tuple[Tensor, ...], rows: int) -> None:
+    groups = plain[1].shape[1]
+    assert ours[1].shape == swizzle_scales(plain[1]).shape
+    assert_equal((ours[0], unswizzle_scales(ours[1], rows, groups), ours[2]), plain)
 
 
 @on_devices

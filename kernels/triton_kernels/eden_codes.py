@@ -199,12 +199,26 @@ def store_provisional(front, back, s_bits, codes, scales, exponents, tile, first
     tl.store(exponents + tile * n + tl.arange(0, n), largest.to(tl.uint8))
 
 
+@triton.jit
+def store_swizzled(bytes_, swizzled, row, block, blocks, present):
+    """Scale bytes int32 [n, 8] of rows `row` and blocks `block` [n] in the order of tensor cores (`format.swizzle_scales`), by words.
+
+    swizzled: int32. Rows behind the end of the matrix are left as they are: they meet no element of a product that is kept.
+    """
+    n: tl.constexpr = bytes_.shape[0]
+    words = tl.sum(bytes_.reshape(n, 2, 4) << (tl.arange(0, 4) * 8)[None, None, :], 2)
+    first = ((row >> 7).to(tl.int64) * blocks + block) * 256 + ((row & 31) * 4 + ((row >> 5) & 3))
+    tl.store(swizzled + first[:, None] + tl.arange(0, 2)[None, :] * 128, words, mask=present[:, None])
+
+
 # ---------------------------------------------------------------- aligning
 
 
 @triton.jit
-def align_tiles(scales, exponents, peak_bits, first_row, i, rows, block, blocks, first_tile, tiles):
-    """Provisional bytes of tiles, 32 at most -> E4M3 in place. Returns a mask of the tiles to be made again, whose bytes are left.
+def align_tiles(
+    scales, swizzled, exponents, peak_bits, first_row, i, rows, block, blocks, first_tile, tiles, SWIZZLED: tl.constexpr
+):  # fmt: skip
+    """Provisional bytes of tiles, 32 at most -> E4M3, in place or SWIZZLED. Returns a mask of the tiles to be made again, left as they are.
 
     first_row, block [n]: where each tile is; first_row + i [m]: its rows.
     """
@@ -220,7 +234,15 @@ def align_tiles(scales, exponents, peak_bits, first_row, i, rows, block, blocks,
     small = ((provisional != 0) & (byte < _SMALLEST_SCALE)).to(tl.int32)
     everything = ((g < _SMALLEST_TENSOR_SCALE) | (not finite)).to(tl.int32)
     again = tl.where(tile < tiles, tl.max(small.reshape(block.shape[0], i.shape[0] * 8), 1) | everything, 0)
-    tl.store(at, tl.where(provisional == 0, 0, byte).to(tl.uint8), mask=present & (again == 0)[:, None, None])
+    byte = tl.where(provisional == 0, 0, byte)
+    if SWIZZLED:
+        n: tl.constexpr = block.shape[0] * i.shape[0]
+        row = first_row[:, None] + i[None, :]
+        done = (row < rows) & ((tile < tiles) & (again == 0))[:, None]
+        of_block = block[:, None].broadcast_to(block.shape[0], i.shape[0])
+        store_swizzled(byte.reshape(n, 8), swizzled, row.reshape(n), of_block.reshape(n), blocks, done.reshape(n))
+    else:
+        tl.store(at, byte.to(tl.uint8), mask=present & (again == 0)[:, None, None])
     return tl.sum(again << tl.arange(0, block.shape[0]), 0)
 
 

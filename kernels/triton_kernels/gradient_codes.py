@@ -6,6 +6,8 @@ L2 cache. A program makes the matrices of its rotations once and walks over tile
 that need the tensor scale (`eden_codes`).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,10 +20,20 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     fast_codes,
     store_groups,
     store_provisional,
+    store_swizzled,
     store_tensor_scale,
 )
 from quartet_compile.kernels.triton_kernels.gradient_values import Tile, load_tile
-from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, Target, empty_packed, launch, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.launch import (
+    EXACT,
+    FUSED,
+    Target,
+    empty_packed,
+    empty_swizzled,
+    launch,
+    on_device_of,
+    target_of,
+)
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
@@ -99,13 +111,14 @@ def _position(tile, blocks, strips, BLOCKS_FIRST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["index", "rank"])
 def align_gradient_kernel(
-    operand, codes, scales, exponents, peaks, out_tensor_scale, seeds, index, rank,
+    operand, codes, scales, swizzled, exponents, peaks, out_tensor_scale, seeds, index, rank,
     rows, columns, row_stride, column_stride, tiles, programs,
     PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS_FIRST: tl.constexpr, TILES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS_FIRST: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """Provisional scales -> E4M3, and the tensor scale, of one orientation, operand [rows, columns]. A program does TILES tiles.
 
+    SWIZZLED: into `swizzled`, int32, in the order of tensor cores; `scales` then is scratch. Otherwise in place.
     BLOCKS_FIRST: the tiles, ROWS x 128, were counted along the columns of the operand first.
     """
     first = tl.program_id(0) * TILES
@@ -115,7 +128,7 @@ def align_gradient_kernel(
     store_tensor_scale(bits, 1.0, out_tensor_scale)
     i = tl.arange(0, ROWS)
     of_block, of_strip = _position(first + tl.arange(0, TILES), blocks, strips, BLOCKS_FIRST)
-    marked = align_tiles(scales, exponents, bits, of_strip * ROWS, i, rows, of_block, blocks, first, tiles)
+    marked = align_tiles(scales, swizzled, exponents, bits, of_strip * ROWS, i, rows, of_block, blocks, first, tiles, SWIZZLED)
     if marked != 0:
         seed = seed_of_rank(seeds, index, rank)
         rotation = signed_hadamard(seed, operand.dtype.element_ty, PERMUTED)
@@ -126,6 +139,9 @@ def align_gradient_kernel(
                 y = rotate(values, rotation, PERMUTED)
                 front, back, e4m3 = exact_codes(y, bits, seed, strip * ROWS + i, block, STREAM_GRADIENT, NATIVE)
                 store_groups(front, back, e4m3, codes, scales, strip * ROWS, i, rows, block, blocks, WHOLE)
+                if SWIZZLED:
+                    row = strip * ROWS + i
+                    store_swizzled(e4m3, swizzled, row, block, blocks, row < rows)
 
 
 def aligned_tiles(tile_rows: int) -> int:
@@ -163,36 +179,44 @@ def both_at_once(capability: int, dtype: torch.dtype) -> bool:
 Packed = tuple[Tensor, Tensor, Tensor]
 
 
-def _quantize(e: Tensor, seeds: Tensor, index: int | None, transposed_index: int | None, rule: str, rank: int) -> list[Packed]:
+def _quantize(
+    e: Tensor, seeds: Tensor, index: int | None, transposed_index: int | None, rule: str, rank: int, swizzled: bool
+) -> list[Packed]:
     """The orientations that have an index, along N first."""
     if rule != "ms_eden":
         raise ValueError(f"no backward rule {rule!r}")
     target, (rows, columns) = target_of(e), e.shape
     asked = {"ROW": index is not None, "COLUMN": transposed_index is not None}
     if all(asked.values()) and not both_at_once(target.capability, e.dtype):
-        return [*_quantize(e, seeds, index, None, rule, rank), *_quantize(e, seeds, None, transposed_index, rule, rank)]
+        return [
+            *_quantize(e, seeds, index, None, rule, rank, swizzled),
+            *_quantize(e, seeds, None, transposed_index, rule, rank, swizzled),
+        ]
     if max(map(abs, e.stride())) >= 2**24:
         e = e.contiguous()  # offsets within a tile are 32-bit
     row = empty_packed(e, rows, ceil_to(columns, ROTATION)) if asked["ROW"] else None
     column = empty_packed(e, columns, ceil_to(rows, ROTATION)) if asked["COLUMN"] else None
     made = [packed for packed in (row, column) if packed is not None]
+    orders = [empty_swizzled(scales) if swizzled else None for _, scales, _ in made]
     if e.numel() == 0:
         for _, _, tensor_scale in made:
             tensor_scale.fill_(1.0)
     else:
-        _launch(e, seeds, index or 0, transposed_index or 0, rank, row, column, target, asked)
-    return made
+        _launch(e, seeds, index or 0, transposed_index or 0, rank, row, column, orders, target, asked)
+    return [(codes, scales if order is None else order, g) for (codes, scales, g), order in zip(made, orders, strict=True)]
 
 
 def _launch(
     e: Tensor, seeds: Tensor, index: int, transposed_index: int, rank: int, row: Packed | None, column: Packed | None,
-    target: Target, asked: dict[str, bool],
+    orders: list[Tensor | None], target: Target, asked: dict[str, bool],
 ) -> None:  # fmt: skip
+    """orders: for each orientation that is made where its scales go in the order of tensor cores, or None."""
     (rows, columns), (row_stride, column_stride) = e.shape, e.stride()
     tile = tile_for(target.capability, e.dtype, asked["ROW"], asked["COLUMN"])
     tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns)
     programs = min(tiles, tile.resident * target.processors)
-    sides, launches = [], []
+    sides: list[Tensor] = []
+    launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     for packed, tile_rows, which, shape in (
         (row, tile.rows, index, (rows, columns, row_stride, column_stride)),
         (column, tile.columns, transposed_index, (columns, rows, column_stride, row_stride)),
@@ -203,8 +227,14 @@ def _launch(
         peaks, exponents = new_flags(e, programs, tiles, tile_rows)
         side = packed[0].view(torch.int32), packed[1].view(torch.uint8), exponents, peaks
         sides += side
-        constants = {"ROWS": tile_rows, "BLOCKS_FIRST": packed is row, "TILES": aligned_tiles(tile_rows)}
-        launches.append(((e, *side, packed[2], seeds, which, rank, *shape, tiles, programs), constants))
+        order = orders[len(launches)]
+        codes, scales, *flags = side
+        swizzled = scales if order is None else order.view(torch.int32)
+        constants = {
+            "ROWS": tile_rows, "BLOCKS_FIRST": packed is row, "TILES": aligned_tiles(tile_rows), "SWIZZLED": order is not None
+        }  # fmt: skip
+        arguments = e, codes, scales, swizzled, *flags, packed[2], seeds, which, rank, *shape, tiles, programs
+        launches.append((arguments, constants))
     with on_device_of(e):
         launch(
             gradient_codes_kernel, programs, e, *sides, seeds, index, transposed_index, rank, rows, columns,
@@ -216,13 +246,15 @@ def _launch(
             launch(align_gradient_kernel, checks, *arguments, **target.forms(e.dtype), **constants, **ALIGN_OPTIONS, **EXACT)
 
 
-def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, rank: int) -> Packed:
-    """Rotate and quantize e [M, N] along N, or along M into [N, ...] with `transpose`."""
+def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, rank: int, swizzled: bool = False) -> Packed:
+    """Rotate and quantize e [M, N] along N, or along M into [N, ...] with `transpose`. swizzled: scales in the order of tensor cores."""
     straight, turned = (None, index) if transpose else (index, None)
-    return _quantize(e, seeds, straight, turned, rule, rank)[0]
+    return _quantize(e, seeds, straight, turned, rule, rank, swizzled)[0]
 
 
-def quantize_grad_both(e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, rank: int) -> tuple[Tensor, ...]:
+def quantize_grad_both(
+    e: Tensor, seeds: Tensor, index: int, transposed_index: int, rule: str, rank: int, swizzled: bool = False
+) -> tuple[Tensor, ...]:
     """`quantize_grad` along N by rotation `index`, then along M by `transposed_index`: six tensors."""
-    row, column = _quantize(e, seeds, index, transposed_index, rule, rank)
+    row, column = _quantize(e, seeds, index, transposed_index, rule, rank, swizzled)
     return *row, *column

@@ -14,6 +14,8 @@ import torch
 import triton
 from torch import Tensor
 
+from quartet_compile.kernels.format import swizzled_numel
+
 log = logging.getLogger("quartet_compile")
 
 EXACT = {"enable_fp_fusion": False}
@@ -80,6 +82,11 @@ def empty_packed(like: Tensor, rows: int, columns: int, with_codes: bool = True)
         torch.empty((rows, columns // 16), dtype=torch.float8_e4m3fn, device=like.device),
         torch.empty((), dtype=torch.float32, device=like.device),
     )
+
+
+def empty_swizzled(scales: Tensor) -> Tensor:
+    """Room for scales [rows, groups] in the order of tensor cores."""
+    return scales.new_empty((swizzled_numel(*scales.shape),))
 
 
 def hash_in_order(modules: Iterable[ModuleType]) -> None:

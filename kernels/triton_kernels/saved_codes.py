@@ -16,9 +16,10 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     fast_codes,
     store_groups,
     store_provisional,
+    store_swizzled,
     store_tensor_scale,
 )
-from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, empty_packed, launch, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, empty_packed, empty_swizzled, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
@@ -59,10 +60,10 @@ def saved_codes_kernel(
 @triton.jit(do_not_specialize=["index", "rank", "tiles", "programs"])
 def align_saved_kernel(
     saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row,
-    incoming, out_tensor_scale, tiles, programs,
-    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    swizzled, incoming, out_tensor_scale, tiles, programs,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
-    """Provisional scales -> E4M3, and the tensor scale. A program does TILES tiles."""
+    """Provisional scales -> E4M3, and the tensor scale. A program does TILES tiles. SWIZZLED: as in `align_gradient_kernel`."""
     bits = largest_peak(peaks, programs)
     store_tensor_scale(bits, tl.load(incoming), out_tensor_scale)
     first = tl.program_id(0) * TILES
@@ -70,7 +71,9 @@ def align_saved_kernel(
     blocks = tl.cdiv(length, 128)
     tile = first + tl.arange(0, TILES)
     i = column_order(COLUMNS)
-    marked = align_tiles(scales, exponents, bits, tile % strips * COLUMNS, i, columns, tile // strips, blocks, first, tiles)
+    marked = align_tiles(
+        scales, swizzled, exponents, bits, tile % strips * COLUMNS, i, columns, tile // strips, blocks, first, tiles, SWIZZLED
+    )
     if marked != 0:
         seed = seed_of_rank(seeds, index, rank)
         matrix = signed_hadamard(seed, tl.bfloat16, PERMUTED)
@@ -82,6 +85,9 @@ def align_saved_kernel(
                 y = rotate(tl.trans(unpack(words, bytes_, COLUMNS)), matrix, PERMUTED) * UNIT
                 front, back, e4m3 = exact_codes(y, bits, seed, strip * COLUMNS + i, block, STREAM_SAVED, NATIVE)
                 store_groups(front, back, e4m3, codes, scales, strip * COLUMNS, i, columns, block, blocks, WHOLE)
+                if SWIZZLED:
+                    column = strip * COLUMNS + i
+                    store_swizzled(e4m3, swizzled, column, block, blocks, column < columns)
 
 
 def saved_tile(capability: int) -> tuple[int, dict[str, int]]:
@@ -97,17 +103,22 @@ ALIGN_OPTIONS = {"num_warps": 8}
 
 
 def requantize(
-    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str, rank: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Dequantize, transpose, rotate and quantize a packed [M, columns] into [columns, ceil(M/128)*128]."""
+    codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, seeds: Tensor, index: int, rule: str, rank: int,
+    swizzled: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Dequantize, transpose, rotate and quantize a packed [M, columns] into [columns, ceil(M/128)*128].
+
+    swizzled: scales in the order of tensor cores.
+    """
     if rule != "ms_eden":
         raise ValueError(f"no backward rule {rule!r}")
     codes, scales = codes.contiguous(), scales.contiguous()
     length, groups_per_row = scales.shape
-    packed = out_codes, out_scales, g = empty_packed(codes, columns, ceil_to(length, ROTATION))
+    out_codes, out_scales, g = empty_packed(codes, columns, ceil_to(length, ROTATION))
+    order = empty_swizzled(out_scales) if swizzled else out_scales
     if out_scales.numel() == 0:
         g.copy_(tensor_scale)
-        return packed
+        return out_codes, order, g
     target = target_of(codes)
     tile_columns, options = saved_tile(target.capability)
     blocks, strips = ceil_div(length, 128), ceil_div(columns, tile_columns)
@@ -123,7 +134,7 @@ def requantize(
     with on_device_of(codes):
         launch(saved_codes_kernel, programs, *arguments, chunk, **forms, **options, **FUSED)
         launch(
-            align_saved_kernel, ceil_div(tiles, ALIGNED_TILES), *arguments, tensor_scale, g, tiles, programs,
-            **forms, TILES=ALIGNED_TILES, **ALIGN_OPTIONS, **EXACT,
+            align_saved_kernel, ceil_div(tiles, ALIGNED_TILES), *arguments, order.view(torch.int32), tensor_scale, g, tiles, programs,
+            **forms, TILES=ALIGNED_TILES, SWIZZLED=swizzled, **ALIGN_OPTIONS, **EXACT,
         )  # fmt: skip
-    return packed
+    return out_codes, order, g
