@@ -58,6 +58,11 @@ def dropout(x: Tensor) -> Tensor:
     return F.dropout(x, 0.25)
 
 
+def noisy_gelu(x: Tensor) -> Tensor:
+    """Its backward reads x and not the noise."""
+    return F.gelu(x) + torch.bernoulli(torch.sigmoid(x.detach()))
+
+
 def normed_gelu(x: Tensor) -> Tensor:
     return F.rms_norm(F.gelu(x), (HIDDEN,))
 
@@ -68,9 +73,9 @@ def checkpointed(x: Tensor) -> Tensor:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "block": Block,
-    **{f.__name__: lambda f=f: MLP(f) for f in (F.gelu, F.silu, F.relu, squared_relu, dropout, torch.cumsum, normed_gelu, checkpointed)},
+    "cumsum": lambda: MLP(lambda x: torch.cumsum(x, 1)),
+    **{f.__name__: lambda f=f: MLP(f) for f in (F.gelu, F.silu, F.relu, squared_relu, dropout, noisy_gelu, normed_gelu, checkpointed)},
 }
-MODELS["cumsum"] = lambda: MLP(lambda x: torch.cumsum(x, 1))
 
 
 def step(model: nn.Module, choice: str, autocast: bool) -> tuple[list[Tensor], Any]:
@@ -115,9 +120,11 @@ def test_what_a_block_keeps() -> None:
     assert "aten._scaled_dot_product_flash_attention_for_cpu.default" not in less.backward
 
 
-@pytest.mark.parametrize(("name", "again"), [("gelu", True), ("squared_relu", True), ("relu", False), ("cumsum", False)])
+@pytest.mark.parametrize(
+    ("name", "again"), [("gelu", True), ("squared_relu", True), ("relu", False), ("cumsum", False), ("noisy_gelu", False)]
+)
 def test_only_what_needs_nothing_else(name: str, again: bool) -> None:
-    """ReLU keeps a bit of each element, not the element; a sum is no pointwise code."""
+    """ReLU keeps a bit of each element, not the element; a sum is no pointwise code; noise would be drawn anew."""
     (_, down) = step(MODELS[name](), "operands", False)[1].linears
     assert down.saved_after == (0 if again else packed(TOKENS, HIDDEN))
 
