@@ -91,15 +91,15 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
     packed = {"codes": "*i32", "scales": "*u8", "exponents": "*u8", "peaks": "*i32"}
     saved = {
         **packed, "saved_codes": "*i32", "saved_scales": "*u8", "seeds": "*i64", "index": "i32", "rank": "i32",
-        "length": "i32!", "columns": "i32!", "groups_per_row": "i32!",
+        "length": "i32!", "columns": "i32!", "groups_per_row": "i32!", "tiles": "i32",
     }  # fmt: skip
-    columns, options = saved_codes.saved_tile(capability)
+    columns, _, options = saved_codes.saved_tile(capability)
     saved_forms = {**forms, "COLUMNS": columns}
     found = {
-        "saved": Case(saved_codes.saved_codes_kernel, {**saved, "chunk": "i32"}, saved_forms, {**options, **FUSED}, exact=False),
+        "saved": Case(saved_codes.saved_codes_kernel, {**saved, "count": "i32"}, saved_forms, {**options, **FUSED}, exact=False),
         "align_saved": Case(
             saved_codes.align_saved_kernel,
-            {**saved, "swizzled": "*i32", "incoming": "*fp32", "out_tensor_scale": "*fp32", "tiles": "i32", "programs": "i32"},
+            {**saved, "swizzled": "*i32", "incoming": "*fp32", "out_tensor_scale": "*fp32", "programs": "i32"},
             {**saved_forms, "TILES": saved_codes.ALIGNED_TILES, "SWIZZLED": target.native},
             saved_codes.ALIGN_OPTIONS,
         ),
@@ -144,29 +144,24 @@ def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
     matrix = {**packed, "x": f"*{dtype}", "columns": "i32!", "groups_per_row": "i32!"}
     second = {**matrix, "out_tensor_scale": "*fp32"}
     words = {**packed, "x": "*i32", "codes": "*i32", "values": "*i32"}
-    options = {"num_warps": 8}
+    options = forward.OPTIONS
     ragged = {"columns": "i32"}
     found = {}
     for suffix, codes, values in (("", True, False), ("_and_values", True, True), ("_values", False, True)):
         forms = {"FOUR": True, "CODES": codes, "VALUES": values}
-        of_any = {**forms, "NATIVE": native, "BLOCK": forward.ANY_BLOCK}
+        of_any = {**forms, "NATIVE": native, "BLOCK": forward.BLOCK}
         constants = {"CEILING": 256.0, "REPAIRED": forward.REPAIRED, "CHUNK": forward.CHUNK, "WIDTH": forward.WIDTH}
         found |= {
             f"words{suffix}": Case(
                 forward_words.round_words_kernel,
                 words,
-                {**forms, "NATIVE": native and not values, "XORSIGN": capability > 80, "BLOCK": forward.WORDS_BLOCK},
-                options,
+                {**forms, "NATIVE": native and not values, "XORSIGN": capability > 80, "BLOCK": forward.BLOCK},
+                forward.WORDS_OPTIONS,
                 exact=False,
             ),
             f"any{suffix}": Case(forward_groups.round_any_kernel, matrix, {**of_any, "RAGGED": False}, options),
             f"any_ragged{suffix}": Case(forward_groups.round_any_kernel, {**matrix, **ragged}, {**of_any, "RAGGED": True}, options),
-            f"align{suffix}": Case(
-                forward.align_scales_kernel,
-                second,
-                {**of_any, **constants, "RAGGED": False, "BLOCK": forward.WORDS_BLOCK},
-                options,
-            ),
+            f"align{suffix}": Case(forward.align_scales_kernel, second, {**of_any, **constants, "RAGGED": False}, options),
             f"align_ragged{suffix}": Case(
                 forward.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, options
             ),

@@ -23,7 +23,7 @@ from quartet_compile.kernels.triton_kernels import forward, launch  # noqa: E402
 from quartet_compile.kernels.triton_kernels.forward_native import native_candidate, scaled_elements  # noqa: E402
 from quartet_compile.kernels.triton_kernels.forward_words import word_candidate  # noqa: E402
 
-BLOCK = forward.WORDS_BLOCK
+BLOCK = forward.BLOCK
 
 
 def assert_equals_the_reference(x: Tensor, rule: str = "four_over_six") -> Packed:
@@ -171,8 +171,8 @@ def test_the_arithmetic_of_fp4_conversions_changes_nothing(device, case, monkeyp
 @pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_several_chunks(device, dtype, monkeypatch):
     """Programs of the second pass that look at chunk after chunk, the last one in part of a block."""
-    monkeypatch.setattr(forward, "CHUNK", BLOCK)
-    assert_equals_the_reference(matrix("wide", (BLOCK + 21, 48), dtype, device))
+    monkeypatch.setattr(forward, "CHUNK", 2 * BLOCK)
+    assert_equals_the_reference(matrix("wide", (2 * BLOCK + 21, 48), dtype, device))
 
 
 @on_devices
@@ -212,7 +212,7 @@ def test_strides_and_alignment(device, dtype):
 @pytest.mark.parametrize("dtype", BFLOAT16_FIRST)
 def test_some_blocks_have_subnormal_scales(device, dtype, rule):
     """One group in most stretches of REPAIRED groups is small, by up to 36 binades, so that some need the second pass and others do not."""
-    x = matrix("gauss", (40, BLOCK * 16 // 4), dtype, device).view(-1, 16)
+    x = matrix("gauss", (40, BLOCK * 16 // 2), dtype, device).view(-1, 16)
     for stretch in range(len(x) // forward.REPAIRED):
         x[stretch * forward.REPAIRED + 37 * stretch % 256] *= 2.0**-stretch
     x = x.view(40, -1)

@@ -64,7 +64,7 @@ def test_kernel_compiles(capability, dtype, name, tmp_path):
         assert ("cp.async.bulk.tensor.5d" in ptx) == ("swizzled" in name)
 
 
-NOT_SPECIALIZED = ("index", "rank", "scale_exponent", "chunk")
+NOT_SPECIALIZED = ("index", "rank", "scale_exponent", "tiles", "count")
 """Arguments of which a launch makes no constants: most differ from call to call."""
 
 

@@ -19,39 +19,35 @@ from quartet_compile.kernels.triton_kernels.launch import FUSED
 CAPABILITIES = (80, 89, 90)
 """GPUs without FP4 tensor cores."""
 
-FLAGS = {f"{side}_{what}": kind for what, kind in (("program_peaks", "*i32"), ("exponents", "*u8")) for side in ("row", "column")}
-
-
 def cases(capability: int, dtype: str) -> dict[str, Case]:
     gradient = {
-        "x": f"*{dtype}", "rotations": "*bf16", "row_out": "*bf16", "column_out": "*bf16", **FLAGS, "seeds": "*i64",
-        "row_index": "i32", "column_index": "i32", "rank": "i32", "scale": "fp32",
+        "x": f"*{dtype}", "rotations": "*bf16", "row_out": "*bf16", "column_out": "*bf16", "peaks": "*i32", "exponents": "*u8",
+        "seeds": "*i64", "row_index": "i32", "column_index": "i32", "rank": "i32", "scale": "fp32",
         "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "tiles": "i32",
     }  # fmt: skip
     saved = {
         "codes": "*i32", "scales": "*u8", "incoming": "*fp32", "rotations": "*bf16", "out": "*bf16", "program_peaks": "*i32",
         "exponents": "*u8", "seeds": "*i64", "index": "i32", "rank": "i32", "length": "i32!", "columns": "i32!", "groups_per_row": "i32!",
+        "tiles": "i32",
     }  # fmt: skip
     found = {
         "rotations": Case(rotation.rotations_kernel, {"seeds": "*i64", "rank": "i32", "out": "*bf16"}, {}, {"num_warps": 8}),
         "saved_values": Case(
             saved_values.saved_values_kernel,
-            {**saved, "chunk": "i32"},
+            {**saved, "count": "i32"},
             {"COLUMNS": saved_values.TILE_COLUMNS},
             {**saved_values.OPTIONS, **FUSED},
         ),
         "saved_again": Case(
             saved_values.saved_again_kernel,
-            {**saved, "tiles": "i32", "programs": "i32"},
+            {**saved, "programs": "i32"},
             {"COLUMNS": saved_values.TILE_COLUMNS},
             AGAIN,
         ),
     }
     for name, row, column in (("row", True, False), ("column", False, True), ("both", True, True)):
-        if row and column and not gradient_values.both_at_once(capability, TORCH_DTYPES[dtype]):
-            continue
-        tile = gradient_values.tile_for(capability, TORCH_DTYPES[dtype], row, column)
-        forms = {"column_stride": 1, "ROW": row, "COLUMN": column, "ROWS": tile.rows, "COLUMNS": tile.columns}
+        tile = gradient_values.tile_for(capability, TORCH_DTYPES[dtype])
+        forms = {"column_stride": 1, "ROW": row, "COLUMN": column, "HEIGHT": tile.height}
         found[f"gradient_{name}"] = Case(
             gradient_values.gradient_values_kernel, gradient, {**forms, "STAGES": tile.stages}, {**tile.options, **FUSED}
         )

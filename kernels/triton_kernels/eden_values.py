@@ -31,45 +31,36 @@ INFINITY_BITS = tl.constexpr(0x7F800000)
 
 @triton.jit
 def fast_values(y, seed, row, block, scale, STREAM: tl.constexpr, UNIT: tl.constexpr = 1.0):
-    """Rotated groups y [n, 8, 16] of rows `row` [n] -> values [n, 8, 16], and t [n, 8] as bits twice: the second time zeros are infinite.
+    """Rotated groups y [n, 8, 16] of rows `row` [n] -> codes' numbers [n, 8, 16] and factors [n, 8], whose products are the values.
 
-    The groups are y * UNIT, a power of two; the values are multiplied by another one, `scale`.
+    And t [n, 8] as bits twice: the second time zeros are infinite. The groups are y * UNIT, a power of two; the values are multiplied by
+    another one, `scale`.
     """
     peak, safe, factor = peaks_of(y)
     v = y * factor[:, :, None]
     q = e2m1_nearest(v)
     t_bits, s_bits = fast_scale(peak, safe, tl.sum(v * v, 2), tl.sum(v * q, 2), seed, row, block, STREAM, UNIT)
-    return q * (from_bits(s_bits) * scale)[:, :, None], t_bits & 0x7FFFFFFF, tl.where(peak > 0, t_bits, INFINITY_BITS)
+    return q, from_bits(s_bits) * scale, t_bits & 0x7FFFFFFF, tl.where(peak > 0, t_bits, INFINITY_BITS)
 
 
 @triton.jit
 def exact_values(y, peak_bits, seed, row, block, scale, STREAM: tl.constexpr):
-    """As `fast_values`, once the bits of the largest t of all are known: the values of `ms_eden`, operation by operation."""
+    """Once the bits of the largest t of all are known: the values [n, 8, 16] of `ms_eden`, operation by operation, and factors of 1."""
     n: tl.constexpr = y.shape[0]
     g, finite = scale_of(peak_bits)
     byte, t = round_rotated(y, False)
     s = e4m3_value(e4m3_stochastic(t * tl.div_rn(1.0, g), uniforms_of_groups(seed, row, block, STREAM)))
     codes = tl.join(e2m1_value(byte & 15), e2m1_value(byte >> 4)).reshape(n, 8, 16)
     values = codes * s[:, :, None] * (g * scale)
-    return tl.where(finite, values, float("nan"))
+    return tl.where(finite, values, float("nan")), tl.full((n, 8), 1.0, tl.float32)
 
 
-@triton.jit
-def _needs_exact(smallest_exponent, peak_bits, incoming):
-    """1 where rows whose smallest t has this exponent (biased) must be made again, else 0.
-
-    incoming: the power of two that the values carry besides g. The bound, 2^-6 * g, is a power of two: exponents decide.
-    """
-    g, finite = scale_of(peak_bits)
-    total = g * incoming
-    near_the_end = (g < _SMALLEST_TENSOR_SCALE) | (total < _SMALLEST_TENSOR_SCALE) | (finite == 0)
-    return near_the_end.to(tl.int32) | (smallest_exponent < (bits_of(g) >> 23) - 6).to(tl.int32)
-
+# ---------------------------------------------------------------- what is made again
 
 CHUNK_ROWS = tl.constexpr(16)
 """Rows that are made again together: as few as tensor cores take."""
 
-CHECKED_CHUNKS = tl.constexpr(32)
+CHECKED_CHUNKS = tl.constexpr(64)
 """Chunks that a program of a second launch looks at together."""
 
 AGAIN = {"num_warps": 8}
@@ -77,40 +68,74 @@ AGAIN = {"num_warps": 8}
 
 
 @triton.jit
-def chunks_that_need_exact(exponents, first, chunks, peak_bits, incoming):
-    """Bit i: whether chunk first + i of `exponents`, uint8 [chunks, CHUNK_ROWS], must be made again."""
-    i = tl.arange(0, CHECKED_CHUNKS)
-    present = first + i < chunks
-    at = (first + i)[:, None] * CHUNK_ROWS + tl.arange(0, CHUNK_ROWS)[None, :]
-    smallest = tl.load(exponents + at, mask=present[:, None], other=255).to(tl.int32)
-    return tl.sum((present.to(tl.int32) & _needs_exact(tl.min(smallest, 1), peak_bits, incoming)) << i, 0)
+def exponent_limit(peak_bits, incoming):
+    """Rows must be made again whose smallest t has a (biased) exponent below this: t / g is then no normal E4M3 number. 256 means all rows.
+
+    incoming: the power of two that the values carry besides g. The bound, 2^-6 * g, is a power of two: exponents decide.
+    """
+    g, finite = scale_of(peak_bits)
+    total = g * incoming
+    near_the_end = (g < _SMALLEST_TENSOR_SCALE) | (total < _SMALLEST_TENSOR_SCALE) | (finite == 0)
+    return tl.where(near_the_end, 256, (bits_of(g) >> 23) - 6)
+
+
+@triton.jit
+def load_smallest(exponents, check, chunks):
+    """The check'th CHECKED_CHUNKS of `exponents`, uint8 [chunks, CHUNK_ROWS], as int32; 256 behind the end."""
+    i = check * CHECKED_CHUNKS + tl.arange(0, CHECKED_CHUNKS)
+    at = i[:, None] * CHUNK_ROWS + tl.arange(0, CHUNK_ROWS)[None, :]
+    present = i[:, None] < chunks
+    return tl.where(present, tl.load(exponents + at, mask=present, other=0).to(tl.int32), 256)
+
+
+@triton.jit
+def chunks_below(smallest, limit):
+    """Bit i, of 64: whether chunk i of `load_smallest` has a row below the limit."""
+    return tl.sum((tl.min(smallest, 1) < limit).to(tl.int64) << tl.arange(0, CHECKED_CHUNKS), 0)
 
 
 @triton.jit
 def store_smallest(bits, exponents, tile):
-    """The exponent of the smallest t of each row of a tile, bits [n, 8], to uint8 exponents [tiles, n]: no row waits for another."""
+    """The exponent of the smallest t of each row of a tile, bits [n, 8], to uint8 exponents [tiles, n]: no row waits for another.
+
+    Each thread stores the rows that it holds; tl.store would exchange them through shared memory, with two barriers.
+    """
     n: tl.constexpr = bits.shape[0]
-    tl.store(exponents + tile * n + tl.arange(0, n), (tl.min(bits, 1) >> 23).to(tl.uint8))
+    at = exponents + tile * n + tl.arange(0, n)
+    exponent = tl.min(bits, 1) >> 23
+    if INTERPRET:
+        tl.store(at, exponent.to(tl.uint8))
+    else:
+        tl.inline_asm_elementwise(
+            "st.global.u8 [$1], $2; mov.b32 $0, 0;", "=r,l,r", [at.to(tl.int64), exponent], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 # ---------------------------------------------------------------- storing
 
 
 @triton.jit
-def _store_eight(pointer, present, a, b, c, d, e, f, g, h):
-    """Eight neighbouring numbers of a thread as bfloat16 in one 16-byte store. tl.store would pass them through shared memory first."""
+def _store_eight(pointer, present, factor, a, b, c, d, e, f, g, h):
+    """Eight neighbouring numbers of a thread times a factor as bfloat16 in one 16-byte store.
+
+    tl.store would pass them through shared memory first. The product of two bfloat16 pairs (with -0 added, as Ampere has no other) takes
+    half as many instructions as one in float32.
+    """
     tl.inline_asm_elementwise(
         """
         {
-        .reg .pred present; .reg .b32 w0, w1, w2, w3;
-        setp.ne.b32 present, $2, 0;
-        cvt.rn.bf16x2.f32 w0, $4, $3;  cvt.rn.bf16x2.f32 w1, $6, $5;  cvt.rn.bf16x2.f32 w2, $8, $7;  cvt.rn.bf16x2.f32 w3, $10, $9;
+        .reg .pred present; .reg .b32 w0, w1, w2, w3, twice, zero;
+        setp.ne.b32 present, $2, 0;  mov.b32 zero, 0x80008000;  cvt.rn.bf16x2.f32 twice, $3, $3;
+        cvt.rn.bf16x2.f32 w0, $5, $4;    fma.rn.bf16x2 w0, w0, twice, zero;
+        cvt.rn.bf16x2.f32 w1, $7, $6;    fma.rn.bf16x2 w1, w1, twice, zero;
+        cvt.rn.bf16x2.f32 w2, $9, $8;    fma.rn.bf16x2 w2, w2, twice, zero;
+        cvt.rn.bf16x2.f32 w3, $11, $10;  fma.rn.bf16x2 w3, w3, twice, zero;
         @present st.global.v4.b32 [$1], {w0, w1, w2, w3};
         mov.b32 $0, 0;
         }
         """,
-        "=r,l,r,f,f,f,f,f,f,f,f",
-        [pointer, present, a, b, c, d, e, f, g, h],
+        "=r,l,r,f,f,f,f,f,f,f,f,f",
+        [pointer, present, factor, a, b, c, d, e, f, g, h],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -118,25 +143,28 @@ def _store_eight(pointer, present, a, b, c, d, e, f, g, h):
 
 
 @triton.jit
-def store_values(values, out, first_row, i, rows, block, blocks):
-    """values [n, 8, 16] -> out [rows, 128 * blocks] at rows first_row + i and the columns of `block`, those in `product_order`.
+def store_values(numbers, factor, out, first_row, i, rows, block, blocks):
+    """numbers [n, 8, 16] times factor [n, 8], both and their products bfloat16 numbers in float32 -> out [rows, 128 * blocks].
 
-    The four threads that hold a row own 32 columns each. In this order their k-th chunks of eight are neighbours: 64 bytes a store.
+    At rows first_row + i and the columns of `block`, those in `product_order`: the four threads that hold a row own 32 columns each. In
+    this order their k-th chunks of eight are neighbours: 64 bytes a store.
     """
-    n: tl.constexpr = values.shape[0]
+    n: tl.constexpr = numbers.shape[0]
     chunk = tl.arange(0, 16)
     start = out + (first_row * tl.cast(blocks, tl.int64) + block) * 128
     at = i.to(tl.int64)[:, None] * (blocks * 128) + (((chunk & 3) << 2) | (chunk >> 2))[None, :] * 8
     present = (first_row + i < rows)[:, None]
     if INTERPRET:
         at = at[:, :, None] + tl.arange(0, 8)[None, None, :]
-        tl.store(start + at, to_bfloat16(values.reshape(n, 16, 8)), mask=present[:, :, None])
+        values = to_bfloat16(numbers * factor[:, :, None])
+        tl.store(start + at, values.reshape(n, 16, 8), mask=present[:, :, None])
     else:
-        even, odd = tl.split(values.reshape(n, 16, 2, 2, 2))
+        even, odd = tl.split(numbers.reshape(n, 16, 2, 2, 2))
         a, c = tl.split(even)
         b, d = tl.split(odd)
         a, e = tl.split(a)
         b, f = tl.split(b)
         c, g = tl.split(c)
         d, h = tl.split(d)
-        _store_eight((start + at).to(tl.int64), present.broadcast_to(n, 16).to(tl.int32), a, b, c, d, e, f, g, h)
+        factor = tl.broadcast_to(factor[:, :, None], (n, 8, 2)).reshape(n, 16)
+        _store_eight((start + at).to(tl.int64), present.broadcast_to(n, 16).to(tl.int32), factor, a, b, c, d, e, f, g, h)

@@ -37,8 +37,10 @@ _LARGEST_G = tl.constexpr(2.0**100)
 _SMALLEST_SCALE = tl.constexpr(13)
 """E4M3 byte of 1.625 * 2^-6: if four's scale is not below it, neither is six's below 2^-6, the smallest normal number."""
 
-WORDS_BLOCK, ANY_BLOCK = 512, 256
+BLOCK = 256
 """Groups of a program of the first pass, and of a magnitude that it writes."""
+WORDS_OPTIONS, OPTIONS = {"num_warps": 4}, {"num_warps": 8}
+"""Launch options of the first pass in words, and of the other kernels."""
 CHUNK = 8192
 """Groups that a program of the second pass looks at together."""
 REPAIRED = 256
@@ -124,23 +126,22 @@ def _quantize(x: Tensor, rule: str, with_codes: bool, with_values: bool) -> tupl
     target = target_of(x)
     raw_scales, raw_values = scales.view(torch.uint8), values.view(torch.int16)
     in_words = x.dtype == torch.bfloat16 and columns % GROUP == 0 and is_aligned(x)
-    block = WORDS_BLOCK if in_words else ANY_BLOCK
-    blocks = ceil_div(groups, block)
+    blocks = ceil_div(groups, BLOCK)
     peaks = torch.empty(blocks, dtype=torch.int32, device=x.device)
-    forms = {"FOUR": rule == "four_over_six", "CODES": with_codes, "VALUES": with_values, "BLOCK": block}
+    forms = {"FOUR": rule == "four_over_six", "CODES": with_codes, "VALUES": with_values, "BLOCK": BLOCK}
     shape = (groups, columns, scales.shape[1])
     shape_forms = {"RAGGED": columns % GROUP != 0, "NATIVE": target.native}
-    options = {"num_warps": 8, **EXACT}
     with on_device_of(x):
         if in_words:
             words = (x.view(torch.int32), codes.view(torch.int32), raw_scales, values.view(torch.int32))
             native = target.native and not with_values
-            launch(round_words_kernel, blocks, *words, peaks, groups, NATIVE=native, XORSIGN=target.capability > 80, **forms, **options)
+            forms_of_words = {**forms, "NATIVE": native, "XORSIGN": target.capability > 80}
+            launch(round_words_kernel, blocks, *words, peaks, groups, **forms_of_words, **WORDS_OPTIONS, **EXACT)
         else:
-            launch(round_any_kernel, blocks, x, codes, raw_scales, raw_values, peaks, *shape, **forms, **shape_forms, **options)
+            launch(round_any_kernel, blocks, x, codes, raw_scales, raw_values, peaks, *shape, **forms, **shape_forms, **OPTIONS, **EXACT)
         launch(
             align_scales_kernel, min(ceil_div(groups, CHUNK), 2 * target.processors), x, codes, raw_scales, raw_values, peaks, g, *shape,
-            CEILING=SCALE_CEILING[rule], REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH, **forms, **shape_forms, **options,
+            CEILING=SCALE_CEILING[rule], REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH, **forms, **shape_forms, **OPTIONS, **EXACT,
         )  # fmt: skip
     return codes, scales, g, values
 

@@ -14,13 +14,13 @@ from quartet_compile.kernels.triton_kernels.words import (
     fma2,
     four_words,
     high,
-    join_words,
     largest_bits,
     low,
     max_magnitude2,
     mul2,
     nearest_e2m1_2,
     pack_codes,
+    store_groups_of_words,
     twice,
 )
 
@@ -96,7 +96,8 @@ def round_words_kernel(
     """
     # No masks: threads behind the end do the last group once more.
     first = tl.program_id(0) * BLOCK
-    n = (first + tl.minimum(tl.arange(0, BLOCK), groups - 1 - first)).to(tl.int64)
+    i = tl.minimum(tl.arange(0, BLOCK), groups - 1 - first)
+    n = (first + i).to(tl.int64)
     offsets = n[:, None] * 8 + tl.arange(0, 4)[None, :]
     w = four_words(tl.load(x + offsets), BLOCK)
     w = w + four_words(tl.load(x + offsets + 4), BLOCK)
@@ -154,5 +155,5 @@ def round_words_kernel(
         out = ()
         for j in tl.static_range(8):
             out = out + (mul2(chosen[j], factor),)  # noqa: RUF005
-        tl.store(values + offsets, join_words(out[0], out[1], out[2], out[3]))
-        tl.store(values + offsets + 4, join_words(out[4], out[5], out[6], out[7]))
+        start = values + first.to(tl.int64) * 8
+        store_groups_of_words(start, i, out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7])

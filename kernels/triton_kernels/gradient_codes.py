@@ -6,6 +6,7 @@ L2 cache. A program makes the matrices of its rotations once and walks over tile
 that need the tensor scale (`eden_codes`).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     store_swizzled,
     store_tensor_scale,
 )
-from quartet_compile.kernels.triton_kernels.gradient_values import Tile, load_tile
+from quartet_compile.kernels.triton_kernels.gradient_values import load_tile
 from quartet_compile.kernels.triton_kernels.launch import (
     EXACT,
     FUSED,
@@ -55,7 +56,7 @@ def _emit(
     return tl.max(t_bits & 0x7FFFFFFF, 1)
 
 
-@triton.jit(do_not_specialize=["row_index", "column_index", "rank"])
+@triton.jit(do_not_specialize=["row_index", "column_index", "rank", "tiles"])
 def gradient_codes_kernel(
     x, row_codes, row_scales, row_exponents, row_peaks, column_codes, column_scales, column_exponents, column_peaks, seeds,
     row_index, column_index, rank, rows, columns, row_stride, column_stride, tiles,
@@ -109,7 +110,7 @@ def _position(tile, blocks, strips, BLOCKS_FIRST: tl.constexpr):
     return block, strip
 
 
-@triton.jit(do_not_specialize=["index", "rank"])
+@triton.jit(do_not_specialize=["index", "rank", "tiles"])
 def align_gradient_kernel(
     operand, codes, scales, swizzled, exponents, peaks, out_tensor_scale, seeds, index, rank,
     rows, columns, row_stride, column_stride, tiles, programs,
@@ -151,6 +152,17 @@ def aligned_tiles(tile_rows: int) -> int:
 
 ALIGN_OPTIONS = {"num_warps": 8}
 """Launch options of `align_gradient_kernel`."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a tile, programs resident on a multiprocessor, and launch options."""
+
+    rows: int
+    columns: int
+    resident: int
+    stages: int
+    options: dict[str, int]
 
 
 def tile_for(capability: int, dtype: torch.dtype, row: bool, column: bool) -> Tile:

@@ -23,34 +23,34 @@ from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, empty_pa
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
-from quartet_compile.kernels.triton_kernels.saved_values import UNIT, chunk_of, column_order, load_packed, unpack
+from quartet_compile.kernels.triton_kernels.saved_values import UNIT, column_order, load_packed, unpack
 
 
-@triton.jit(do_not_specialize=["index", "rank", "chunk"])
+@triton.jit(do_not_specialize=["index", "rank", "tiles", "count"])
 def saved_codes_kernel(
-    saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row, chunk,
+    saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row, tiles, count,
     PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Packed [length, columns], codes as int32 words -> [columns, ceil(length/128)*128], scales provisional bytes.
 
-    A program does `chunk` neighbouring strips.
+    A program does `count` neighbouring tiles.
     """
     strips = tl.cdiv(columns, COLUMNS)
     blocks = tl.cdiv(length, 128)
-    chunks = tl.cdiv(strips, chunk)
-    block = tl.program_id(0) // chunks
-    first = tl.program_id(0) % chunks * chunk
+    first = tl.program_id(0) * count
     seed = seed_of_rank(seeds, index, rank)
     matrix = signed_hadamard(seed, tl.bfloat16, PERMUTED)
     i = column_order(COLUMNS)
-    words, bytes_ = load_packed(saved_codes, saved_scales, block, first, length, groups_per_row, COLUMNS)
+    words, bytes_ = load_packed(saved_codes, saved_scales, first // strips, first % strips, length, groups_per_row, COLUMNS)
     values = unpack(words, bytes_, COLUMNS)
     largest = tl.zeros((COLUMNS,), tl.int32)
-    for strip in tl.range(first, tl.minimum(first + chunk, strips), num_stages=1):
+    for tile in tl.range(first, tl.minimum(first + count, tiles), num_stages=1):
         y = rotate(tl.trans(values), matrix, PERMUTED)
-        words, bytes_ = load_packed(saved_codes, saved_scales, block, strip + 1, length, groups_per_row, COLUMNS)
+        following = tile + 1
+        words, bytes_ = load_packed(saved_codes, saved_scales, following // strips, following % strips, length, groups_per_row, COLUMNS)
+        block = tile // strips
+        strip = tile % strips
         front, back, s_bits, t_bits = fast_codes(y, seed, strip * COLUMNS + i, block, STREAM_SAVED, UNIT, NATIVE, WHOLE)
-        tile = block * strips + strip
         store_provisional(front, back, s_bits, codes, scales, exponents, tile, strip * COLUMNS, i, columns, block, blocks, WHOLE)
         largest = tl.maximum(largest, tl.max(t_bits & 0x7FFFFFFF, 1))
         values = unpack(words, bytes_, COLUMNS)
@@ -59,8 +59,8 @@ def saved_codes_kernel(
 
 @triton.jit(do_not_specialize=["index", "rank", "tiles", "programs"])
 def align_saved_kernel(
-    saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row,
-    swizzled, incoming, out_tensor_scale, tiles, programs,
+    saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row, tiles,
+    swizzled, incoming, out_tensor_scale, programs,
     PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """Provisional scales -> E4M3, and the tensor scale. A program does TILES tiles. SWIZZLED: as in `align_gradient_kernel`."""
@@ -90,9 +90,13 @@ def align_saved_kernel(
                     store_swizzled(e4m3, swizzled, column, block, blocks, column < columns)
 
 
-def saved_tile(capability: int) -> tuple[int, dict[str, int]]:
-    """Columns of a tile and launch options of `saved_codes_kernel`: such as compile without spilling."""
-    return (64 if capability // 10 in (9, 10) else 32), {"num_warps": 4}
+def saved_tile(capability: int) -> tuple[int, int, dict[str, int]]:
+    """Columns of a tile, programs of `saved_codes_kernel` on a multiprocessor, and launch options: such as compile without spilling.
+
+    As many programs are launched as fit at once: each makes the rotation once.
+    """
+    columns, resident = {9: (64, 2), 10: (64, 4), 12: (32, 2)}.get(capability // 10, (32, 3))
+    return columns, resident, {"num_warps": 4}
 
 
 ALIGNED_TILES = 16
@@ -120,21 +124,21 @@ def requantize(
         g.copy_(tensor_scale)
         return out_codes, order, g
     target = target_of(codes)
-    tile_columns, options = saved_tile(target.capability)
+    tile_columns, resident, options = saved_tile(target.capability)
     blocks, strips = ceil_div(length, 128), ceil_div(columns, tile_columns)
     tiles = blocks * strips
-    chunk = chunk_of(tiles, target)
-    programs = blocks * ceil_div(strips, chunk)
+    count = ceil_div(tiles, resident * target.processors)
+    programs = ceil_div(tiles, count)
     peaks, exponents = new_flags(codes, programs, tiles, tile_columns)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), out_codes.view(torch.int32), out_scales.view(torch.uint8), exponents, peaks,
-        seeds, index, rank, length, columns, groups_per_row,
+        seeds, index, rank, length, columns, groups_per_row, tiles,
     )  # fmt: skip
     forms = {**target.forms(torch.bfloat16), "COLUMNS": tile_columns}
     with on_device_of(codes):
-        launch(saved_codes_kernel, programs, *arguments, chunk, **forms, **options, **FUSED)
+        launch(saved_codes_kernel, programs, *arguments, count, **forms, **options, **FUSED)
         launch(
-            align_saved_kernel, ceil_div(tiles, ALIGNED_TILES), *arguments, order.view(torch.int32), tensor_scale, g, tiles, programs,
+            align_saved_kernel, ceil_div(tiles, ALIGNED_TILES), *arguments, order.view(torch.int32), tensor_scale, g, programs,
             **forms, TILES=ALIGNED_TILES, SWIZZLED=swizzled, **ALIGN_OPTIONS, **EXACT,
         )  # fmt: skip
     return out_codes, order, g

@@ -18,13 +18,15 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     AGAIN,
     CHECKED_CHUNKS,
     CHUNK_ROWS,
-    chunks_that_need_exact,
+    chunks_below,
     exact_values,
+    exponent_limit,
     fast_values,
+    load_smallest,
     store_smallest,
     store_values,
 )
-from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, Target, launch, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, e2m1_value, e4m3_value
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
@@ -112,34 +114,33 @@ def column_order(COLUMNS: tl.constexpr):
     return (p & -8) + ((p >> 1) & 3) + 4 * (p & 1)
 
 
-@triton.jit(do_not_specialize=["index", "rank", "chunk"])
+@triton.jit(do_not_specialize=["index", "rank", "tiles", "count"])
 def saved_values_kernel(
-    codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, chunk,
+    codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, tiles, count,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Packed [length, columns], codes as int32 words -> out [columns, ceil(length/128)*128]. A program does `chunk` neighbouring strips."""
+    """Packed [length, columns], codes as int32 words -> out [columns, ceil(length/128)*128]. A program does `count` tiles, neighbours."""
     strips = tl.cdiv(columns, COLUMNS)
     blocks = tl.cdiv(length, 128)
-    chunks = tl.cdiv(strips, chunk)
-    block = tl.program_id(0) // chunks
-    first = tl.program_id(0) % chunks * chunk
+    first = tl.program_id(0) * count
     matrix = load_rotation(rotations, index, tl.bfloat16)
     seed = seed_of_rank(seeds, index, rank)
     g = tl.load(incoming)
     i = column_order(COLUMNS)
-    words, bytes_ = load_packed(codes, scales, block, first, length, groups_per_row, COLUMNS)
+    words, bytes_ = load_packed(codes, scales, first // strips, first % strips, length, groups_per_row, COLUMNS)
     values = unpack(words, bytes_, COLUMNS)
-    peaks = tl.zeros((COLUMNS,), tl.int32)
-    for strip in tl.range(first, tl.minimum(first + chunk, strips), num_stages=1):
+    largest = tl.zeros((COLUMNS, 8), tl.int32)
+    for tile in tl.range(first, tl.minimum(first + count, tiles), num_stages=1):
         rotated = rotate(tl.trans(values), matrix, True)
-        words, bytes_ = load_packed(codes, scales, block, strip + 1, length, groups_per_row, COLUMNS)
-        row = strip * COLUMNS + i
-        results, bits, bits_or_infinity = fast_values(rotated, seed, row, block, g, STREAM_SAVED, UNIT)
-        store_smallest(bits_or_infinity, exponents, block * strips + strip)
-        store_values(results, out, strip * COLUMNS, i, columns, block, blocks)
-        peaks = tl.maximum(peaks, tl.max(bits, 1))
+        following = tile + 1
+        words, bytes_ = load_packed(codes, scales, following // strips, following % strips, length, groups_per_row, COLUMNS)
+        block, strip = tile // strips, tile % strips
+        numbers, factor, bits, bits_or_infinity = fast_values(rotated, seed, strip * COLUMNS + i, block, g, STREAM_SAVED, UNIT)
+        store_smallest(bits_or_infinity, exponents, tile)
+        store_values(numbers, factor, out, strip * COLUMNS, i, columns, block, blocks)
+        largest = tl.maximum(largest, bits)
         values = unpack(words, bytes_, COLUMNS)
-    store_peak(peaks, program_peaks)
+    store_peak(tl.max(largest, 1), program_peaks)
 
 
 @triton.jit(do_not_specialize=["index", "rank", "tiles", "programs"])
@@ -148,12 +149,15 @@ def saved_again_kernel(
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The chunks of rows of `saved_values_kernel` that need the tensor scale, now that it is known. Any number of programs."""
+    chunks = tiles * (COLUMNS // CHUNK_ROWS)
+    start = tl.program_id(0)
+    smallest = load_smallest(exponents, start, chunks)  # always a turn ahead
     bits = largest_peak(program_peaks, programs)
     g = tl.load(incoming)
-    chunks = tiles * (COLUMNS // CHUNK_ROWS)
-    for check in range(tl.program_id(0), tl.cdiv(chunks, CHECKED_CHUNKS), tl.num_programs(0)):
-        first = check * CHECKED_CHUNKS
-        marked = chunks_that_need_exact(exponents, first, chunks, bits, g)
+    limit = exponent_limit(bits, g)
+    for check in range(start, tl.cdiv(chunks, CHECKED_CHUNKS), tl.num_programs(0)):
+        marked = chunks_below(smallest, limit)
+        smallest = load_smallest(exponents, check + tl.num_programs(0), chunks)
         if marked != 0:
             strips = tl.cdiv(columns, COLUMNS)
             matrix = load_rotation(rotations, index, tl.bfloat16)
@@ -161,28 +165,24 @@ def saved_again_kernel(
             i = column_order(CHUNK_ROWS)
             for c in range(CHECKED_CHUNKS):
                 if (marked >> c) & 1:
-                    column = (first + c) * CHUNK_ROWS
+                    column = (check * CHECKED_CHUNKS + c) * CHUNK_ROWS
                     tile = column // COLUMNS
                     block = tile // strips
                     strip = tile % strips * (COLUMNS // CHUNK_ROWS) + column % COLUMNS // CHUNK_ROWS
                     words, bytes_ = load_packed(codes, scales, block, strip, length, groups_per_row, CHUNK_ROWS)
                     rotated = rotate(tl.trans(unpack(words, bytes_, CHUNK_ROWS)), matrix, True) * UNIT
-                    values = exact_values(rotated, bits, seed, strip * CHUNK_ROWS + i, block, g, STREAM_SAVED)
-                    store_values(values, out, strip * CHUNK_ROWS, i, columns, block, tl.cdiv(length, 128))
+                    numbers, factor = exact_values(rotated, bits, seed, strip * CHUNK_ROWS + i, block, g, STREAM_SAVED)
+                    store_values(numbers, factor, out, strip * CHUNK_ROWS, i, columns, block, tl.cdiv(length, 128))
 
 
 TILE_COLUMNS = 64
-CHUNK = 8
-"""Most neighbouring strips of a program: their scale bytes share cache sectors."""
-
 OPTIONS = {"num_warps": 4}
 """Launch options of `saved_values_kernel`."""
 
 
-def chunk_of(tiles: int, target: Target) -> int:
-    """Strips of a program: CHUNK, or fewer, a power of two, so that there are enough programs for every multiprocessor."""
-    chunk = max(1, min(CHUNK, tiles // (8 * target.processors)))
-    return 1 << (chunk.bit_length() - 1)
+def resident_on(capability: int) -> int:
+    """Programs of `saved_values_kernel` that fit on a multiprocessor. So many are launched: each loads the rotation once."""
+    return 3 if capability in (80, 90) else 2
 
 
 def requantize_values(
@@ -197,17 +197,15 @@ def requantize_values(
     if out.numel() == 0:
         return out
     blocks, strips = ceil_div(length, 128), ceil_div(columns, TILE_COLUMNS)
-    target = target_of(codes)
-    chunk = chunk_of(blocks * strips, target)
-    programs = blocks * ceil_div(strips, chunk)
-    program_peaks, exponents = new_flags(codes, programs, blocks * strips, TILE_COLUMNS)
+    target, tiles = target_of(codes), blocks * strips
+    count = ceil_div(tiles, resident_on(target.capability) * target.processors)
+    programs = ceil_div(tiles, count)
+    program_peaks, exponents = new_flags(codes, programs, tiles, TILE_COLUMNS)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), tensor_scale, rotations, out, program_peaks, exponents, seeds, index, rank,
-        length, columns, groups_per_row,
+        length, columns, groups_per_row, tiles,
     )  # fmt: skip
     with on_device_of(codes):
-        launch(saved_values_kernel, programs, *arguments, chunk, COLUMNS=TILE_COLUMNS, **OPTIONS, **FUSED)
-        launch(
-            saved_again_kernel, 4 * target.processors, *arguments, blocks * strips, programs, COLUMNS=TILE_COLUMNS, **AGAIN, **EXACT
-        )  # fmt: skip
+        launch(saved_values_kernel, programs, *arguments, count, COLUMNS=TILE_COLUMNS, **OPTIONS, **FUSED)
+        launch(saved_again_kernel, target.processors, *arguments, programs, COLUMNS=TILE_COLUMNS, **AGAIN, **EXACT)
     return out

@@ -171,3 +171,43 @@ def four_words(w, n: tl.constexpr):
 def join_words(a, b, c, d):
     """Four int32 [n] -> [n, 4]."""
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape(a.shape[0], 4)
+
+
+@triton.jit
+def store_groups_of_words(start, i, w0, w1, w2, w3, w4, w5, w6, w7):
+    """Eight words of each group i [n] to start + 8 * i, 32 bytes. A thread has a group, but writes half of its own and half of another's.
+
+    Neighbouring threads exchange halves, so that each instruction writes whole sectors of 32 bytes: the L2 cache takes half a sector in the
+    time of a whole one. They tell each other their i, so it does not matter which groups they have.
+    """
+    if INTERPRET:
+        half = i[:, None] * 8 + tl.arange(0, 4)[None, :]
+        tl.store(start + half, join_words(w0, w1, w2, w3))
+        tl.store(start + half + 4, join_words(w4, w5, w6, w7))
+    else:
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred odd; .reg .b32 lane, other, first, second, a, b, c, d; .reg .b64 half, p, q;
+            mov.u32 lane, %laneid;  and.b32 lane, lane, 1;  setp.ne.u32 odd, lane, 0;
+            shfl.sync.bfly.b32 other, $2, 1, 0x1f, 0xffffffff;
+            selp.b32 first, other, $2, odd;  selp.b32 second, $2, other, odd;
+            mad.wide.u32 half, lane, 16, $1;  mad.wide.s32 p, first, 32, half;  mad.wide.s32 q, second, 32, half;
+            selp.b32 a, $3, $7, odd;   shfl.sync.bfly.b32 a, a, 1, 0x1f, 0xffffffff;
+            selp.b32 b, $4, $8, odd;   shfl.sync.bfly.b32 b, b, 1, 0x1f, 0xffffffff;
+            selp.b32 c, $5, $9, odd;   shfl.sync.bfly.b32 c, c, 1, 0x1f, 0xffffffff;
+            selp.b32 d, $6, $10, odd;  shfl.sync.bfly.b32 d, d, 1, 0x1f, 0xffffffff;
+            .reg .b32 e, f, g, h;
+            selp.b32 e, a, $3, odd;  selp.b32 f, b, $4, odd;  selp.b32 g, c, $5, odd;  selp.b32 h, d, $6, odd;
+            st.global.v4.b32 [p], {e, f, g, h};
+            selp.b32 e, $7, a, odd;  selp.b32 f, $8, b, odd;  selp.b32 g, $9, c, odd;  selp.b32 h, $10, d, odd;
+            st.global.v4.b32 [q], {e, f, g, h};
+            mov.b32 $0, 0;
+            }
+            """,
+            "=r,l,r,r,r,r,r,r,r,r,r",
+            [tl.cast(start, tl.int64) + tl.zeros(i.shape, tl.int64), i, w0, w1, w2, w3, w4, w5, w6, w7],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
