@@ -5,7 +5,7 @@
     python benchmarks/train_step.py --dtype bfloat16         parameters in bfloat16, no autocast
     python benchmarks/train_step.py --mode reduce-overhead   with CUDA graphs
     python benchmarks/train_step.py --models llama-1b --profile      the kernels of one quartet step, too
-    python benchmarks/train_step.py --recompute none operands        quartet with each of these values of quartet.recompute
+    python benchmarks/train_step.py --recompute weights              quartet with these values of quartet.recompute only
 
 Models are the demo's GPT (examples/gpt_model.py): "demo" is its preset gpu, "llama-1b" has the sizes of Llama 3.2 1B, without grouped
 queries and with a smaller vocabulary. A step is forward, cross-entropy, backward and fused AdamW on random tokens. The same parameters
@@ -230,7 +230,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=CASES, help="default: both; with --quick demo")
     parser.add_argument("--dtype", choices=("autocast", "bfloat16"), default="autocast", help="default: bfloat16 autocast")
     parser.add_argument("--mode", help="torch.compile's mode, for both backends")
-    parser.add_argument("--recompute", nargs="+", choices=CHOICES, default=["none"], help="values of quartet.recompute; default: none")
+    both = ["none", "operands"]
+    parser.add_argument("--recompute", nargs="+", choices=CHOICES, default=both, help="values of quartet.recompute; default: none operands")
     parser.add_argument("--batch", type=int, help="sequences in a step, in place of the model's own number")
     parser.add_argument("--profile", action="store_true", help=f"print the {TOP_KERNELS} largest kernels of one step of the last row")
     arguments = parser.parse_args()

@@ -1,13 +1,13 @@
 """Launches every Triton kernel at sizes that fill no tile; a program for compute-sanitizer (`test_sanitizer`).
 
-    python tests/every_kernel.py               every operator on the GPU
-    python tests/every_kernel.py overrun       a kernel that reads behind the end of a tensor: what the checker must find
-    python tests/every_kernel.py race          a kernel whose threads overwrite each other in shared memory, likewise
+Its argument is one of MATRICES, on which every operator is called, or an error for the checker to find: "overrun", a kernel that reads
+behind the end of a tensor, or "race", one whose threads overwrite each other in shared memory.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 import triton
@@ -51,15 +51,22 @@ def launch_all(x: Tensor) -> int:
     return len(results)
 
 
-def inputs() -> list[Tensor]:
-    """Odd sizes, one row, a row that is no whole group, strides, scales that are made again, numbers that are not finite."""
-    bf16 = torch.bfloat16
-    odd = [matrix("outliers", shape, bf16, "cuda") for shape in ((1, 16), (3, 40), (129, 144), (257, 100))]
-    turned = matrix("gauss", (150, 133), bf16, "cuda").t()
-    broken = matrix("gauss", (40, 64), bf16, "cuda")
-    broken[3, 5] = float("inf")
-    others = [matrix("wide", (130, 150), dtype, "cuda") for dtype in (torch.float16, torch.float32)]
-    return [*odd, turned, quiet_rows("cuda"), broken, *others]
+def broken() -> Tensor:
+    x = matrix("gauss", (40, 64), torch.bfloat16, "cuda")
+    x[3, 5] = float("inf")
+    return x
+
+
+MATRICES: dict[str, Callable[[], Tensor]] = {
+    "one row": lambda: matrix("outliers", (1, 16), torch.bfloat16, "cuda"),
+    "odd": lambda: matrix("outliers", (129, 144), torch.bfloat16, "cuda"),
+    "ragged": lambda: matrix("outliers", (257, 100), torch.bfloat16, "cuda"),
+    "transposed": lambda: matrix("gauss", (150, 133), torch.bfloat16, "cuda").t(),
+    "scales that are made again": lambda: quiet_rows("cuda"),
+    "not finite": broken,
+    "float16": lambda: matrix("wide", (130, 150), torch.float16, "cuda"),
+    "float32": lambda: matrix("wide", (130, 150), torch.float32, "cuda"),
+}
 
 
 @triton.jit
@@ -86,17 +93,15 @@ def _race_kernel(out):
     tl.store(out, 1)
 
 
-def main() -> None:
-    if "overrun" in sys.argv:
+def main(what: str) -> None:
+    if what == "overrun":
         _overrun_kernel[(1,)](torch.zeros(1000, device="cuda"), torch.zeros(1024, device="cuda"))
-    elif "race" in sys.argv:
+    elif what == "race":
         _race_kernel[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda"))
     else:
-        for x in inputs():
-            print(tuple(x.shape), x.dtype, launch_all(x), "calls", flush=True)
-        print("every kernel was launched")
+        print(launch_all(MATRICES[what]()), "operators were called")
     torch.cuda.synchronize()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

@@ -45,7 +45,7 @@ CHUNK = 8192
 """Groups that a program of the second pass looks at together."""
 REPAIRED = 256
 """Groups that the second pass quantizes again if it must one of them: at most a block, at least 1/32 of a chunk."""
-WIDTH = 4096
+WIDTH = 8192
 """Magnitudes that the second pass reads together."""
 
 
@@ -66,6 +66,12 @@ def _quantize_again(
 
 
 @triton.jit
+def _load_chunk(scales, chunk, offset, groups, CHUNK: tl.constexpr):
+    first = tl.cast(chunk, tl.int64) * CHUNK
+    return tl.load(scales + first + offset, mask=first + offset < groups, other=0)
+
+
+@triton.jit
 def align_scales_kernel(
     x, codes, scales, values, peaks, out_tensor_scale, groups, columns, groups_per_row,
     CEILING: tl.constexpr, FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr,
@@ -75,26 +81,30 @@ def align_scales_kernel(
 
     Any number of programs, each reads all of `peaks`, WIDTH at a time. values: int16.
     """
+    tl.static_assert(BLOCK % REPAIRED == 0)
+    row = tl.arange(0, CHUNK // REPAIRED)
+    offset = row[:, None] * REPAIRED + tl.arange(0, REPAIRED)[None, :]
+    start = tl.program_id(0)
+    following = _load_chunk(scales, start, offset, groups, CHUNK)  # always a turn ahead
     blocks = tl.cdiv(groups, BLOCK)
     whole = blocks // 16 * 16  # as many as can be loaded four at a time
     rest = whole + tl.arange(0, 16)
     largest = tl.zeros((WIDTH,), tl.int32) + tl.max(tl.load(peaks + rest, mask=rest < blocks, other=0), 0)
-    for start in range(0, whole, WIDTH):
-        i = start + tl.arange(0, WIDTH)
+    for first_peak in range(0, whole, WIDTH):
+        i = first_peak + tl.arange(0, WIDTH)
         largest = tl.maximum(largest, tl.load(peaks + i, mask=i < whole, other=0))
     g, finite = tensor_scale(tl.max(largest, 0), CEILING, _E2M1_MAX)
-    if tl.program_id(0) == 0:
+    if start == 0:
         tl.store(out_tensor_scale, tl.where(finite, g, float("nan")))
     everything = ((g < _SMALLEST_G) | (g > _LARGEST_G) | (finite == 0)).to(tl.int32)
     g_origin = ((bits_of(g) >> 23) - 7) * 8
-    row = tl.arange(0, CHUNK // REPAIRED)
-    offset = row[:, None] * REPAIRED + tl.arange(0, REPAIRED)[None, :]
-    for chunk in range(tl.program_id(0), tl.cdiv(groups, CHUNK), tl.num_programs(0)):
+    for chunk in range(start, tl.cdiv(groups, CHUNK), tl.num_programs(0)):
+        provisional = following.to(tl.int32)
+        following = _load_chunk(scales, chunk + tl.num_programs(0), offset, groups, CHUNK)
         first = tl.cast(chunk, tl.int64) * CHUNK
         present = first + offset < groups
         block = chunk * (CHUNK // BLOCK) + row // (BLOCK // REPAIRED)
         origin = origin_of(tl.load(peaks + block, mask=block < blocks, other=0)) - g_origin
-        provisional = tl.load(scales + first + offset, mask=present, other=0).to(tl.int32)
         byte = provisional + origin[:, None]
         again = tl.max(((provisional != 0) & (byte < _SMALLEST_SCALE)).to(tl.int32), 1) | everything
         byte = tl.where(provisional == 0, 0x38, byte)

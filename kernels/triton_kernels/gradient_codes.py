@@ -174,7 +174,7 @@ def tile_for(capability: int, dtype: torch.dtype, row: bool, column: bool) -> Ti
         # A thread has a row of the accumulator, or half of one.
         short, tile = 128, ((1, 1, {"num_warps": 8}) if single else (2, 2, {"num_warps": 4}))
     elif major == 9 and not single:
-        short, tile = 64, (2, 3, {"num_warps": 4})
+        short, tile = 64, (2, 4, {"num_warps": 4})
     else:
         short, tile = 16, ((2, 1, {"num_warps": 8}) if single else (4, 1, {"num_warps": 4}))
     return Tile(short if row else 128, 128 if row else short, *tile)
