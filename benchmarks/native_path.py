@@ -7,15 +7,13 @@ once and outputs once; what meets the L2 cache by chance is not taken off.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from offline import Case, cases, compiled
 from sass import Count, count, disassemble
 
-from quartet_compile.kernels.triton_kernels import eden_codes, forward, gradient_values, rotation, saved_values
-from quartet_compile.kernels.triton_kernels.gradient_codes import both_at_once
+from quartet_compile.kernels.triton_kernels import eden_codes, forward, gradient_tiles, rotation, saved_codes, saved_values
 
 BF16, CODE, SCALE, PROVISIONAL = 2.0, 1 / 2, 1 / 16, 1 / 16 + 1 / 128
 """Bytes an element: its own, its code, its share of its group's E4M3 scale, and of what stands for it before alignment."""
@@ -48,7 +46,7 @@ def _groups(constants: Constants) -> int:
 
 
 def _rows(constants: Constants) -> int:
-    return constants["ROWS"] * 128
+    return constants["HEIGHT"] * 128
 
 
 def _columns(constants: Constants) -> int:
@@ -59,12 +57,13 @@ def _aligned(sides: Callable[[Constants], int]) -> Callable[[Constants], int]:
     return lambda constants: constants["TILES"] * sides(constants)
 
 
-REPAIR = (eden_codes.exact_codes, rotation.rotate, rotation.signed_hadamard, saved_values.load_packed, gradient_values.load_tile)
+REPAIR = (eden_codes.exact_codes, rotation.rotate, rotation.signed_hadamard, saved_values.load_packed, gradient_tiles.load_tile)
 """What an aligning launch does with tiles whose scales may be subnormal numbers."""
 
 GRADIENT = Pass("gradient", _rows, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
-TRANSPOSED = Pass("gradient_transposed", _columns, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
-BOTH = Pass("gradient_both", _rows, BF16 + 2 * (CODE + PROVISIONAL), 2 * ROTATION_FLOPS, programs=2)
+TRANSPOSED = Pass("gradient_transposed", _rows, CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
+"""One launch for both orientations: what is read for the one is in the L2 cache for the other, by design (`gradient_tiles`)."""
+
 SAVED = Pass("saved", _columns, CODE + SCALE + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
 ALIGN = Pass("align_gradient", _aligned(_rows), PROVISIONAL + SCALE, rare=REPAIR)
 ALIGN_TRANSPOSED = Pass("align_gradient_transposed", _aligned(_rows), PROVISIONAL + SCALE, rare=REPAIR)
@@ -78,10 +77,7 @@ FORWARD = (
 )
 """Launches of ``quantize``, for x and for w."""
 
-REQUANTIZE = dict.fromkeys(("w", "x"), (SAVED, ALIGN_SAVED))
-ONE_READ = (BOTH, ALIGN, ALIGN_TRANSPOSED)
-TWO_READS = (GRADIENT, ALIGN, TRANSPOSED, ALIGN_TRANSPOSED)
-"""Launches for both orientations of a gradient: from one read where tensor cores read what they rotate in shared memory or their own."""
+QUANTIZE_GRADIENT = (GRADIENT, TRANSPOSED, ALIGN, ALIGN_TRANSPOSED)
 
 PRODUCT = "product_swizzled_0"
 """The case of the FP4 product: a program makes a tile of the output, in a loop over K. The tile that is taken without autotuning."""
@@ -101,8 +97,8 @@ class Compiled:
 
 def quantizers(capability: int) -> list[tuple[str, tuple[Pass, ...]]]:
     """All but the products, in order: the operand that is read, x [tokens, in], w [out, in] or e [tokens, out], and the launches."""
-    gradient = ONE_READ if both_at_once(capability, torch.bfloat16) else TWO_READS
-    return [*((operand, (*FORWARD, SWIZZLE)) for operand in "xw"), ("e", gradient), *REQUANTIZE.items()]
+    saved = replace(SAVED, programs=saved_codes.saved_tile(capability)[1])
+    return [*((operand, (*FORWARD, SWIZZLE)) for operand in "xw"), ("e", QUANTIZE_GRADIENT), *((o, (saved, ALIGN_SAVED)) for o in "wx")]
 
 
 def read(capability: int) -> dict[str, Compiled]:

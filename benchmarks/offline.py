@@ -113,20 +113,16 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
         **packed, "swizzled": "*i32", "operand": f"*{dtype}", "out_tensor_scale": "*fp32", "seeds": "*i64", "index": "i32", "rank": "i32",
         "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "column_stride": "i32!", "tiles": "i32", "programs": "i32",
     }  # fmt: skip
+    tile = gradient_codes.tile_for(capability, TORCH_DTYPES[dtype])
+    of_tile = {**forms, "HEIGHT": tile.height}
     for name, row, column in (("", True, False), ("_transposed", False, True), ("_both", True, True)):
-        if row and column and not gradient_codes.both_at_once(capability, TORCH_DTYPES[dtype]):
-            continue
-        tile = gradient_codes.tile_for(capability, TORCH_DTYPES[dtype], row, column)
-        sides = {**forms, "column_stride": 1, "ROW": row, "COLUMN": column, "ROWS": tile.rows, "COLUMNS": tile.columns}
-        found[f"gradient{name}"] = Case(
-            gradient_codes.gradient_codes_kernel, gradient, {**sides, "STAGES": tile.stages}, {**tile.options, **FUSED}, exact=False
-        )
+        sides = {**of_tile, "column_stride": 1, "ROW": row, "COLUMN": column, "STAGES": tile.stages}
+        found[f"gradient{name}"] = Case(gradient_codes.gradient_codes_kernel, gradient, sides, {**tile.options, **FUSED}, exact=False)
         if row and column:
             continue  # aligned one after the other
-        tile_rows, stride = (tile.rows, "column_stride") if row else (tile.columns, "row_stride")
+        stride = "column_stride" if row else "row_stride"
         constants = {
-            **forms, stride: 1, "ROWS": tile_rows, "BLOCKS_FIRST": row, "TILES": gradient_codes.aligned_tiles(tile_rows),
-            "SWIZZLED": target.native,
+            **of_tile, stride: 1, "TURNED": column, "TILES": gradient_codes.aligned_tiles(tile.height), "SWIZZLED": target.native
         }  # fmt: skip
         found[f"align_gradient{name}"] = Case(
             gradient_codes.align_gradient_kernel,

@@ -245,7 +245,8 @@ class Graph:
                 continue
             onward = [after for after in self.after[block] if after in length and (block, after) not in back]
             closes = any((block, after) in back for after in self.after[block])
-            if not onward and not closes and self.after[block]:
+            ends = within is None and self.instructions[self.blocks[block][-1]].family in ("EXIT", "RET")  # if its predicate is true
+            if not onward and not closes and not ends and self.after[block]:
                 continue  # what follows is never run, so neither is this
             following[block] = best = max(onward, key=length.__getitem__, default=None)
             own = 0 if block in without else self.issued(block).total()

@@ -93,6 +93,18 @@ def test_what_one_warp_does_for_all_is_left_out():
     assert count.opcodes() == {"BAR": 2, "BRA": 1, "EXIT": 1}
 
 
+def test_a_conditional_exit_ends_a_path_whose_rest_is_slow():
+    count = sass.count(listing("""
+        FMUL R1
+        @P0 EXIT
+        CALL.REL.NOINC `($trap)
+        EXIT
+        $trap:
+        EXIT
+    """))
+    assert count.once == 2
+
+
 def test_slow_paths_are_skipped_and_other_subroutines_counted_at_each_call():
     count = sass.count(listing("""
         FCHK P0, R1

@@ -1,12 +1,11 @@
 """The gradient operands of the backward products, packed: in one orientation, or in both from one read.
 
 Bytes an element of a bfloat16 gradient: 2 read, 0.5625 written for each orientation; aligning the scales, 0.13 for each, mostly meets the
-L2 cache. A program makes the matrices of its rotations once and walks over tiles; where tensor cores hand a thread whole groups
-(`rotation`), rounding needs no exchange. A second launch, one for each orientation, aligns the scales and makes the few tiles again
-that need the tensor scale (`eden_codes`).
+L2 cache. A program makes the matrix of its rotation once and walks over tiles in one orientation (`gradient_tiles`); where tensor cores
+hand a thread whole groups (`rotation`), rounding needs no exchange. A second launch, one for each orientation, aligns the scales and makes
+the few tiles again that need the tensor scale (`eden_codes`).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     store_swizzled,
     store_tensor_scale,
 )
-from quartet_compile.kernels.triton_kernels.gradient_values import load_tile
+from quartet_compile.kernels.triton_kernels.gradient_tiles import Tile, load_operand, load_tile, place_of, walk
 from quartet_compile.kernels.triton_kernels.launch import (
     EXACT,
     FUSED,
@@ -35,25 +34,27 @@ from quartet_compile.kernels.triton_kernels.launch import (
     on_device_of,
     target_of,
 )
-from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
+from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
 
 
 @triton.jit
-def _emit(
-    operand, rotation, codes, scales, exponents, first_row, rows, block, blocks, tile, seed,
-    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr,
+def _walk(
+    x, codes, scales, exponents, peaks, seed, first, step, rows, columns, row_stride, column_stride, tiles,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, TURNED: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rotate and round a tile [n, 128] of an operand and store it at its row and block of 128 columns.
-
-    Returns the bits of the largest t of each row.
-    """
-    i = tl.arange(0, operand.shape[0])
-    y = rotate(operand, rotation, PERMUTED)
-    front, back, s_bits, t_bits = fast_codes(y, seed, first_row + i, block, STREAM_GRADIENT, 1.0, NATIVE, WHOLE)
-    store_provisional(front, back, s_bits, codes, scales, exponents, tile, first_row, i, rows, block, blocks, WHOLE)
-    return tl.max(t_bits & 0x7FFFFFFF, 1)
+    """Every step'th tile, from `first` on, of x [rows, columns] or, TURNED, of its transpose."""
+    rotation = signed_hadamard(seed, x.dtype.element_ty, PERMUTED)
+    i = tl.arange(0, HEIGHT)
+    largest = tl.zeros((HEIGHT,), tl.int32)
+    for tile in tl.range(first, tiles, step, num_stages=STAGES):
+        operand, start, block, length, blocks = load_operand(x, tile, rows, columns, row_stride, column_stride, TURNED, HEIGHT)
+        y = rotate(operand, rotation, PERMUTED)
+        front, back, s_bits, t_bits = fast_codes(y, anew(seed), start + i, block, STREAM_GRADIENT, 1.0, NATIVE, WHOLE)
+        store_provisional(front, back, s_bits, codes, scales, exponents, tile, start, i, length, block, blocks, WHOLE)
+        largest = tl.maximum(largest, tl.max(t_bits & 0x7FFFFFFF, 1))
+    tl.store(peaks + first, tl.max(largest, 0))
 
 
 @triton.jit(do_not_specialize=["row_index", "column_index", "rank", "tiles"])
@@ -61,53 +62,25 @@ def gradient_codes_kernel(
     x, row_codes, row_scales, row_exponents, row_peaks, column_codes, column_scales, column_exponents, column_peaks, seeds,
     row_index, column_index, rank, rows, columns, row_stride, column_stride, tiles,
     ROW: tl.constexpr, COLUMN: tl.constexpr, PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    HEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [rows, columns] -> row_* [rows, ceil(columns/128)*128] and column_* [columns, ceil(rows/128)*128], whichever is asked for.
 
-    Codes are int32 words, scales provisional bytes. Tiles are counted along the columns of x first.
+    Codes are int32 words, scales provisional bytes. An even number of programs where both are asked for.
     """
-    largest_in_rows = tl.zeros((ROWS,), tl.int32)
-    largest_in_columns = tl.zeros((COLUMNS,), tl.int32)
-    row_seed = seed_of_rank(seeds, row_index, rank)
-    column_seed = seed_of_rank(seeds, column_index, rank)
-    if ROW:
-        row_rotation = signed_hadamard(row_seed, x.dtype.element_ty, PERMUTED)
-    if COLUMN:
-        column_rotation = signed_hadamard(column_seed, x.dtype.element_ty, PERMUTED)
-    across = tl.cdiv(columns, COLUMNS)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        down = tile // across
-        right = tile % across
-        values = load_tile(x, down * ROWS, right * COLUMNS, rows, columns, row_stride, column_stride, ROWS, COLUMNS)
-        if ROW:
-            bits = _emit(
-                values, row_rotation, row_codes, row_scales, row_exponents, down * ROWS, rows, right, tl.cdiv(columns, 128), tile,
-                anew(row_seed), PERMUTED, NATIVE, WHOLE,
-            )  # fmt: skip
-            largest_in_rows = tl.maximum(largest_in_rows, bits)
-        if COLUMN:
-            bits = _emit(
-                tl.trans(values), column_rotation, column_codes, column_scales, column_exponents, right * COLUMNS, columns, down,
-                tl.cdiv(rows, 128), tile, anew(column_seed), PERMUTED, NATIVE, WHOLE,
-            )  # fmt: skip
-            largest_in_columns = tl.maximum(largest_in_columns, bits)
-    if ROW:
-        store_peak(largest_in_rows, row_peaks)
-    if COLUMN:
-        store_peak(largest_in_columns, column_peaks)
-
-
-@triton.jit
-def _position(tile, blocks, strips, BLOCKS_FIRST: tl.constexpr):
-    """The block of 128 columns and the strip of rows of a tile."""
-    if BLOCKS_FIRST:
-        block = tile % blocks
-        strip = tile // blocks
+    SIDES: tl.constexpr = 2 if ROW and COLUMN else 1
+    first = tl.program_id(0) // SIDES
+    step = tl.num_programs(0) // SIDES
+    if tl.program_id(0) % SIDES == (0 if ROW else 1):
+        _walk(
+            x, row_codes, row_scales, row_exponents, row_peaks, seed_of_rank(seeds, row_index, rank), first, step,
+            rows, columns, row_stride, column_stride, tiles, PERMUTED, NATIVE, WHOLE, False, HEIGHT, STAGES,
+        )  # fmt: skip
     else:
-        block = tile // strips
-        strip = tile % strips
-    return block, strip
+        _walk(
+            x, column_codes, column_scales, column_exponents, column_peaks, seed_of_rank(seeds, column_index, rank), first, step,
+            rows, columns, row_stride, column_stride, tiles, PERMUTED, NATIVE, WHOLE, True, HEIGHT, STAGES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["index", "rank", "tiles"])
@@ -115,77 +88,62 @@ def align_gradient_kernel(
     operand, codes, scales, swizzled, exponents, peaks, out_tensor_scale, seeds, index, rank,
     rows, columns, row_stride, column_stride, tiles, programs,
     PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS_FIRST: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
+    TURNED: tl.constexpr, HEIGHT: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """Provisional scales -> E4M3, and the tensor scale, of one orientation, operand [rows, columns]. A program does TILES tiles.
 
     SWIZZLED: into `swizzled`, int32, in the order of tensor cores; `scales` then is scratch. Otherwise in place.
-    BLOCKS_FIRST: the tiles, ROWS x 128, were counted along the columns of the operand first.
+    TURNED: the operand is the transpose of the gradient, whose tiles were counted.
     """
     first = tl.program_id(0) * TILES
     blocks = tl.cdiv(columns, 128)
-    strips = tl.cdiv(rows, ROWS)
     bits = largest_peak(peaks, programs)
     store_tensor_scale(bits, 1.0, out_tensor_scale)
-    i = tl.arange(0, ROWS)
-    of_block, of_strip = _position(first + tl.arange(0, TILES), blocks, strips, BLOCKS_FIRST)
-    marked = align_tiles(scales, swizzled, exponents, bits, of_strip * ROWS, i, rows, of_block, blocks, first, tiles, SWIZZLED)
+    i = tl.arange(0, HEIGHT)
+    of_row, of_block = _place_in_operand(first + tl.arange(0, TILES), rows, columns, TURNED, HEIGHT)
+    marked = align_tiles(scales, swizzled, exponents, bits, of_row, i, rows, of_block, blocks, first, tiles, SWIZZLED)
     if marked != 0:
         seed = seed_of_rank(seeds, index, rank)
         rotation = signed_hadamard(seed, operand.dtype.element_ty, PERMUTED)
         for t in range(TILES):
             if (marked >> t) & 1:
-                block, strip = _position(first + t, blocks, strips, BLOCKS_FIRST)
-                values = load_tile(operand, strip * ROWS, block * 128, rows, columns, row_stride, column_stride, ROWS, 128)
+                start, block = _place_in_operand(first + t, rows, columns, TURNED, HEIGHT)
+                values = load_tile(operand, start, block * 128, rows, columns, row_stride, column_stride, HEIGHT, 128)
                 y = rotate(values, rotation, PERMUTED)
-                front, back, e4m3 = exact_codes(y, bits, seed, strip * ROWS + i, block, STREAM_GRADIENT, NATIVE)
-                store_groups(front, back, e4m3, codes, scales, strip * ROWS, i, rows, block, blocks, WHOLE)
+                front, back, e4m3 = exact_codes(y, bits, seed, start + i, block, STREAM_GRADIENT, NATIVE)
+                store_groups(front, back, e4m3, codes, scales, start, i, rows, block, blocks, WHOLE)
                 if SWIZZLED:
-                    row = strip * ROWS + i
+                    row = start + i
                     store_swizzled(e4m3, swizzled, row, block, blocks, row < rows)
 
 
-def aligned_tiles(tile_rows: int) -> int:
+@triton.jit
+def _place_in_operand(tile, rows, columns, TURNED: tl.constexpr, HEIGHT: tl.constexpr):
+    """The first row and the block of 128 columns of a tile of an operand [rows, columns], or of several tiles."""
+    down, right, part = place_of(tile, rows if TURNED else columns, HEIGHT)
+    if TURNED:
+        down, right = right, down
+    return down * 128 + part * HEIGHT, right
+
+
+def aligned_tiles(height: int) -> int:
     """Tiles whose scales a program of the second launch aligns: at most as many as `align_tiles` can mark."""
-    return min(32, 2048 // tile_rows)
+    return min(32, 2048 // height)
 
 
 ALIGN_OPTIONS = {"num_warps": 8}
 """Launch options of `align_gradient_kernel`."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Rows and columns of a tile, programs resident on a multiprocessor, and launch options."""
-
-    rows: int
-    columns: int
-    resident: int
-    stages: int
-    options: dict[str, int]
-
-
-def tile_for(capability: int, dtype: torch.dtype, row: bool, column: bool) -> Tile:
-    """The tile of `gradient_codes_kernel`: such as compiles without spilling. Both orientations only where `both_at_once` says so."""
+def tile_for(capability: int, dtype: torch.dtype) -> Tile:
+    """The tile of `gradient_codes_kernel`: such as compiles without spilling."""
     major, single = capability // 10, dtype == torch.float32
-    if row and column:
-        return Tile(128, 128, *((1, 3, {"num_warps": 8}) if major < 10 else (2, 1, {"num_warps": 4})))
     if major == 10:
         # A thread has a row of the accumulator, or half of one.
-        short, tile = 128, ((1, 1, {"num_warps": 8}) if single else (2, 2, {"num_warps": 4}))
-    elif major == 9 and not single:
-        short, tile = 64, (2, 4, {"num_warps": 4})
-    else:
-        short, tile = 16, ((2, 1, {"num_warps": 8}) if single else (4, 1, {"num_warps": 4}))
-    return Tile(short if row else 128, 128 if row else short, *tile)
-
-
-def both_at_once(capability: int, dtype: torch.dtype) -> bool:
-    """Two rotation matrices beside the tiles take 96 KiB of shared memory and more, and the tensor cores must read them there.
-
-    Capability 0 is the interpreter.
-    """
-    return (capability == 0 or capability // 10 in (9, 10)) and dtype != torch.float32
+        return Tile(128, 1, 1, {"num_warps": 8}) if single else Tile(128, 2, 2, {"num_warps": 4})
+    if major == 9 and not single:
+        return Tile(64, 2, 4, {"num_warps": 4})
+    return Tile(16, 2, 1, {"num_warps": 8}) if single else Tile(16, 4, 1, {"num_warps": 4})
 
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -199,11 +157,6 @@ def _quantize(
         raise ValueError(f"no backward rule {rule!r}")
     target, (rows, columns) = target_of(e), e.shape
     asked = {"ROW": index is not None, "COLUMN": transposed_index is not None}
-    if all(asked.values()) and not both_at_once(target.capability, e.dtype):
-        return [
-            *_quantize(e, seeds, index, None, rule, rank, swizzled),
-            *_quantize(e, seeds, None, transposed_index, rule, rank, swizzled),
-        ]
     if max(map(abs, e.stride())) >= 2**24:
         e = e.contiguous()  # offsets within a tile are 32-bit
     row = empty_packed(e, rows, ceil_to(columns, ROTATION)) if asked["ROW"] else None
@@ -224,38 +177,34 @@ def _launch(
 ) -> None:  # fmt: skip
     """orders: for each orientation that is made where its scales go in the order of tensor cores, or None."""
     (rows, columns), (row_stride, column_stride) = e.shape, e.stride()
-    tile = tile_for(target.capability, e.dtype, asked["ROW"], asked["COLUMN"])
-    tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns)
-    programs = min(tiles, tile.resident * target.processors)
+    tile = tile_for(target.capability, e.dtype)
+    tiles, programs = walk(rows, columns, sum(asked.values()), tile, target)
     sides: list[Tensor] = []
     launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    for packed, tile_rows, which, shape in (
-        (row, tile.rows, index, (rows, columns, row_stride, column_stride)),
-        (column, tile.columns, transposed_index, (columns, rows, column_stride, row_stride)),
+    for packed, turned, which, shape in (
+        (row, False, index, (rows, columns, row_stride, column_stride)),
+        (column, True, transposed_index, (columns, rows, column_stride, row_stride)),
     ):
         if packed is None:
             sides += [e] * 4  # not looked at
             continue
-        peaks, exponents = new_flags(e, programs, tiles, tile_rows)
+        peaks, exponents = new_flags(e, programs, tiles, tile.height)
         side = packed[0].view(torch.int32), packed[1].view(torch.uint8), exponents, peaks
         sides += side
         order = orders[len(launches)]
         codes, scales, *flags = side
         swizzled = scales if order is None else order.view(torch.int32)
-        constants = {
-            "ROWS": tile_rows, "BLOCKS_FIRST": packed is row, "TILES": aligned_tiles(tile_rows), "SWIZZLED": order is not None
-        }  # fmt: skip
         arguments = e, codes, scales, swizzled, *flags, packed[2], seeds, which, rank, *shape, tiles, programs
-        launches.append((arguments, constants))
+        launches.append((arguments, {"TURNED": turned, "SWIZZLED": order is not None}))
+    forms = {**target.forms(e.dtype), "HEIGHT": tile.height}
+    aligned = aligned_tiles(tile.height)
     with on_device_of(e):
         launch(
-            gradient_codes_kernel, programs, e, *sides, seeds, index, transposed_index, rank, rows, columns,
-            row_stride, column_stride, tiles,
-            **asked, **target.forms(e.dtype), ROWS=tile.rows, COLUMNS=tile.columns, STAGES=tile.stages, **tile.options, **FUSED,
+            gradient_codes_kernel, len(launches) * programs, e, *sides, seeds, index, transposed_index, rank, rows, columns,
+            row_stride, column_stride, tiles, **asked, **forms, STAGES=tile.stages, **tile.options, **FUSED,
         )  # fmt: skip
-        for arguments, constants in launches:
-            checks = ceil_div(tiles, constants["TILES"])
-            launch(align_gradient_kernel, checks, *arguments, **target.forms(e.dtype), **constants, **ALIGN_OPTIONS, **EXACT)
+        for arguments, of_side in launches:
+            launch(align_gradient_kernel, ceil_div(tiles, aligned), *arguments, **forms, **of_side, TILES=aligned, **ALIGN_OPTIONS, **EXACT)
 
 
 def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, rank: int, swizzled: bool = False) -> Packed:

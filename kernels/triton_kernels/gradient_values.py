@@ -1,21 +1,16 @@
 """The gradient operands of the backward products as bfloat16 values, in one orientation or in both from one read.
 
-Bytes an element of a bfloat16 gradient: 2 read, 2 written for each orientation. A program walks over tiles in one orientation; a thread
-owns whole groups (`rotation`), so rounding needs no exchange. Where both orientations are asked for, neighbouring programs take one each
-of the same tiles at about the same time: whoever is second finds them in the L2 cache.
-
-A second launch makes the few rows again that need the tensor scale (`eden_values`); it reads a byte for each row of a tile and mostly
-ends there.
+Bytes an element of a bfloat16 gradient: 2 read, 2 written for each orientation. A program walks over tiles in one orientation
+(`gradient_tiles`); a thread owns whole groups (`rotation`), so rounding needs no exchange. A second launch makes the few rows again that
+need the tensor scale (`eden_values`); it reads a byte for each row of a tile and mostly ends there.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet_compile.kernels.format import ROTATION, ceil_div, ceil_to
+from quartet_compile.kernels.format import ROTATION, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_values import (
     AGAIN,
     CHECKED_CHUNKS,
@@ -28,28 +23,11 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     store_smallest,
     store_values,
 )
+from quartet_compile.kernels.triton_kernels.gradient_tiles import Tile, load_operand, load_tile, place_of, walk
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
-
-
-@triton.jit
-def _place_of(tile, columns, HEIGHT: tl.constexpr):
-    """Tiles are HEIGHT rows or columns of a square of 128 x 128, squares in reading order -> square down, to the right, part of it."""
-    PARTS: tl.constexpr = 128 // HEIGHT
-    across = tl.cdiv(columns, 128)
-    square = tile // PARTS
-    return square // across, square % across, tile % PARTS
-
-
-@triton.jit
-def load_tile(x, first_row, first_column, rows, columns, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    i = tl.arange(0, ROWS)
-    j = tl.arange(0, COLUMNS)
-    start = x + first_row.to(tl.int64) * row_stride + first_column.to(tl.int64) * column_stride
-    inside = (first_row + i < rows)[:, None] & (first_column + j < columns)[None, :]
-    return tl.load(start + i[:, None] * row_stride + j[None, :] * column_stride, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -61,13 +39,7 @@ def _walk(
     i = tl.arange(0, HEIGHT)
     largest = tl.zeros((HEIGHT, 8), tl.int32)
     for tile in tl.range(first, tiles, step, num_stages=STAGES):
-        down, right, part = _place_of(tile, columns, HEIGHT)
-        if TURNED:
-            start, block, length, blocks = right * 128 + part * HEIGHT, down, columns, tl.cdiv(rows, 128)
-            operand = tl.trans(load_tile(x, down * 128, start, rows, columns, row_stride, column_stride, 128, HEIGHT))
-        else:
-            start, block, length, blocks = down * 128 + part * HEIGHT, right, rows, tl.cdiv(columns, 128)
-            operand = load_tile(x, start, right * 128, rows, columns, row_stride, column_stride, HEIGHT, 128)
+        operand, start, block, length, blocks = load_operand(x, tile, rows, columns, row_stride, column_stride, TURNED, HEIGHT)
         y = rotate(operand, rotation, True)
         numbers, factor, bits, bits_or_infinity = fast_values(y, anew(seed), start + i, block, scale, STREAM_GRADIENT)
         store_smallest(bits_or_infinity, exponents, tile)
@@ -146,23 +118,13 @@ def gradient_again_kernel(
             for c in tl.range(CHECKED_CHUNKS, disable_licm=x.dtype.element_ty == tl.float32):
                 if (marked >> c) & 1:
                     row = (check * CHECKED_CHUNKS + c) * CHUNK_ROWS
-                    down, right, part = _place_of(row // HEIGHT, columns, HEIGHT)
+                    down, right, part = place_of(row // HEIGHT, columns, HEIGHT)
                     block = tl.where(turned, down, right)
                     first_row = tl.where(turned, right, down) * 128 + part * HEIGHT + row % HEIGHT
                     values = load_tile(x, first_row, block * 128, length, across, down_stride, across_stride, CHUNK_ROWS, 128)
                     y = rotate(values, rotation, True)
                     numbers, factor = exact_values(y, bits, seed, first_row + i, block, scale, STREAM_GRADIENT)
                     store_values(numbers, factor, out, first_row, i, length, block, tl.cdiv(across, 128))
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows of an operand's tile, programs resident on a multiprocessor, and launch options."""
-
-    height: int
-    resident: int
-    stages: int
-    options: dict[str, int]
 
 
 def tile_for(capability: int, dtype: torch.dtype) -> Tile:
@@ -193,8 +155,7 @@ def grad_values(
     asked = {"ROW": row_out is not None, "COLUMN": column_out is not None}
     sides = sum(asked.values())
     tile = tile_for(target.capability, e.dtype)
-    tiles = ceil_div(rows, 128) * ceil_div(columns, 128) * (128 // tile.height)
-    programs = min(tiles, max(1, tile.resident * target.processors // sides))  # of each orientation
+    tiles, programs = walk(rows, columns, sides, tile, target)
     peaks, exponents = new_flags(e, sides * programs, sides * tiles, tile.height)
     arguments = (
         e, rotations, column_out if row_out is None else row_out, row_out if column_out is None else column_out, peaks, exponents, seeds,

@@ -85,13 +85,16 @@ def store_peak(bits, peaks):
     tl.store(peaks + tl.program_id(0), tl.max(bits, 0))
 
 
+MOST_PROGRAMS = 1024
+"""As many programs may a first launch have: a second launch reads what each left in one load."""
+
+_MOST_PROGRAMS = tl.constexpr(MOST_PROGRAMS)
+
+
 @triton.jit
 def largest_peak(peaks, programs):
-    largest = tl.zeros((1024,), tl.int32)
-    for start in range(0, programs, 1024):
-        i = start + tl.arange(0, 1024)
-        largest = tl.maximum(largest, tl.load(peaks + i, mask=i < programs, other=0))
-    return tl.max(largest, 0)
+    i = tl.arange(0, _MOST_PROGRAMS)
+    return tl.max(tl.load(peaks + i, mask=i < programs, other=0), 0)
 
 
 def new_flags(like: Tensor, programs: int, tiles: int, rows: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     store_tensor_scale,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, empty_packed, empty_swizzled, launch, on_device_of, target_of
-from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
+from quartet_compile.kernels.triton_kernels.ms_eden import MOST_PROGRAMS, largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
 from quartet_compile.kernels.triton_kernels.saved_values import UNIT, column_order, load_packed, unpack
@@ -95,7 +95,7 @@ def saved_tile(capability: int) -> tuple[int, int, dict[str, int]]:
 
     As many programs are launched as fit at once: each makes the rotation once.
     """
-    columns, resident = {9: (64, 2), 10: (64, 4), 12: (32, 2)}.get(capability // 10, (32, 3))
+    columns, resident = {9: (64, 2), 10: (64, 2), 12: (32, 2)}.get(capability // 10, (32, 3))
     return columns, resident, {"num_warps": 4}
 
 
@@ -127,7 +127,7 @@ def requantize(
     tile_columns, resident, options = saved_tile(target.capability)
     blocks, strips = ceil_div(length, 128), ceil_div(columns, tile_columns)
     tiles = blocks * strips
-    count = ceil_div(tiles, resident * target.processors)
+    count = ceil_div(tiles, min(resident * target.processors, MOST_PROGRAMS))
     programs = ceil_div(tiles, count)
     peaks, exponents = new_flags(codes, programs, tiles, tile_columns)
     arguments = (

@@ -27,7 +27,7 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     store_values,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
-from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
+from quartet_compile.kernels.triton_kernels.ms_eden import MOST_PROGRAMS, largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, e2m1_value, e4m3_value
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
@@ -198,7 +198,7 @@ def requantize_values(
         return out
     blocks, strips = ceil_div(length, 128), ceil_div(columns, TILE_COLUMNS)
     target, tiles = target_of(codes), blocks * strips
-    count = ceil_div(tiles, resident_on(target.capability) * target.processors)
+    count = ceil_div(tiles, min(resident_on(target.capability) * target.processors, MOST_PROGRAMS))
     programs = ceil_div(tiles, count)
     program_peaks, exponents = new_flags(codes, programs, tiles, TILE_COLUMNS)
     arguments = (
