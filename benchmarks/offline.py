@@ -140,7 +140,6 @@ def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
     matrix = {**packed, "x": f"*{dtype}", "columns": "i32!", "groups_per_row": "i32!"}
     second = {**matrix, "out_tensor_scale": "*fp32"}
     words = {**packed, "x": "*i32", "codes": "*i32", "values": "*i32"}
-    options = forward.OPTIONS
     ragged = {"columns": "i32"}
     found = {}
     for suffix, codes, values in (("", True, False), ("_and_values", True, True), ("_values", False, True)):
@@ -155,11 +154,13 @@ def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
                 forward.WORDS_OPTIONS,
                 exact=False,
             ),
-            f"any{suffix}": Case(forward_groups.round_any_kernel, matrix, {**of_any, "RAGGED": False}, options),
-            f"any_ragged{suffix}": Case(forward_groups.round_any_kernel, {**matrix, **ragged}, {**of_any, "RAGGED": True}, options),
-            f"align{suffix}": Case(forward.align_scales_kernel, second, {**of_any, **constants, "RAGGED": False}, options),
+            f"any{suffix}": Case(forward_groups.round_any_kernel, matrix, {**of_any, "RAGGED": False}, forward.ANY_OPTIONS),
+            f"any_ragged{suffix}": Case(
+                forward_groups.round_any_kernel, {**matrix, **ragged}, {**of_any, "RAGGED": True}, forward.ANY_OPTIONS
+            ),
+            f"align{suffix}": Case(forward.align_scales_kernel, second, {**of_any, **constants, "RAGGED": False}, forward.ALIGN_OPTIONS),
             f"align_ragged{suffix}": Case(
-                forward.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, options
+                forward.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, forward.ALIGN_OPTIONS
             ),
         }
     return {name: case for name, case in found.items() if not (native and name.endswith("values"))}

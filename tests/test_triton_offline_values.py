@@ -35,13 +35,13 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
         "saved_values": Case(
             saved_values.saved_values_kernel,
             {**saved, "count": "i32"},
-            {"COLUMNS": saved_values.TILE_COLUMNS},
+            {"COLUMNS": saved_values.saved_tile(capability)[0]},
             {**saved_values.OPTIONS, **FUSED},
         ),
         "saved_again": Case(
             saved_values.saved_again_kernel,
             {**saved, "programs": "i32"},
-            {"COLUMNS": saved_values.TILE_COLUMNS},
+            {"COLUMNS": saved_values.saved_tile(capability)[0]},
             AGAIN,
         ),
     }

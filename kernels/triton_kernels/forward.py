@@ -39,8 +39,8 @@ _SMALLEST_SCALE = tl.constexpr(13)
 
 BLOCK = 256
 """Groups of a program of the first pass, and of a magnitude that it writes."""
-WORDS_OPTIONS, OPTIONS = {"num_warps": 4}, {"num_warps": 8}
-"""Launch options of the first pass in words, and of the other kernels."""
+WORDS_OPTIONS, ANY_OPTIONS, ALIGN_OPTIONS = {"num_warps": 4}, {"num_warps": 8, "maxnreg": 168}, {"num_warps": 8}
+"""Launch options of both forms of the first pass and of the second one. Left alone, Triton 3.8 takes 64 registers and spills."""
 CHUNK = 8192
 """Groups that a program of the second pass looks at together."""
 REPAIRED = 256
@@ -148,10 +148,11 @@ def _quantize(x: Tensor, rule: str, with_codes: bool, with_values: bool) -> tupl
             forms_of_words = {**forms, "NATIVE": native, "XORSIGN": target.capability > 80}
             launch(round_words_kernel, blocks, *words, peaks, groups, **forms_of_words, **WORDS_OPTIONS, **EXACT)
         else:
-            launch(round_any_kernel, blocks, x, codes, raw_scales, raw_values, peaks, *shape, **forms, **shape_forms, **OPTIONS, **EXACT)
+            forms |= shape_forms
+            launch(round_any_kernel, blocks, x, codes, raw_scales, raw_values, peaks, *shape, **forms, **ANY_OPTIONS, **EXACT)
         launch(
             align_scales_kernel, min(ceil_div(groups, CHUNK), 2 * target.processors), x, codes, raw_scales, raw_values, peaks, g, *shape,
-            CEILING=SCALE_CEILING[rule], REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH, **forms, **shape_forms, **OPTIONS, **EXACT,
+            CEILING=SCALE_CEILING[rule], REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH, **forms | shape_forms, **ALIGN_OPTIONS, **EXACT,
         )  # fmt: skip
     return codes, scales, g, values
 

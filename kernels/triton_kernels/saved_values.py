@@ -163,7 +163,8 @@ def saved_again_kernel(
             matrix = load_rotation(rotations, index, tl.bfloat16)
             seed = seed_of_rank(seeds, index, rank)
             i = column_order(CHUNK_ROWS)
-            for c in range(CHECKED_CHUNKS):
+            # Some versions of Triton spill what would be hoisted out of the loop.
+            for c in tl.range(CHECKED_CHUNKS, disable_licm=True):
                 if (marked >> c) & 1:
                     column = (check * CHECKED_CHUNKS + c) * CHUNK_ROWS
                     tile = column // COLUMNS
@@ -175,14 +176,16 @@ def saved_again_kernel(
                     store_values(numbers, factor, out, strip * CHUNK_ROWS, i, columns, block, tl.cdiv(length, 128))
 
 
-TILE_COLUMNS = 64
 OPTIONS = {"num_warps": 4}
 """Launch options of `saved_values_kernel`."""
 
 
-def resident_on(capability: int) -> int:
-    """Programs of `saved_values_kernel` that fit on a multiprocessor. So many are launched: each loads the rotation once."""
-    return 3 if capability in (80, 90) else 2
+def saved_tile(capability: int) -> tuple[int, int]:
+    """Columns of a tile, such as compile without spilling, and programs of `saved_values_kernel` that fit on a multiprocessor.
+
+    So many programs are launched: each loads the rotation once.
+    """
+    return (32, 2) if capability // 10 == 8 else (64, 3)
 
 
 def requantize_values(
@@ -196,16 +199,17 @@ def requantize_values(
     out = torch.empty((columns, ceil_to(length, ROTATION)), dtype=torch.bfloat16, device=codes.device)
     if out.numel() == 0:
         return out
-    blocks, strips = ceil_div(length, 128), ceil_div(columns, TILE_COLUMNS)
-    target, tiles = target_of(codes), blocks * strips
-    count = ceil_div(tiles, min(resident_on(target.capability) * target.processors, MOST_PROGRAMS))
+    target = target_of(codes)
+    tile_columns, resident = saved_tile(target.capability)
+    tiles = ceil_div(length, 128) * ceil_div(columns, tile_columns)
+    count = ceil_div(tiles, min(resident * target.processors, MOST_PROGRAMS))
     programs = ceil_div(tiles, count)
-    program_peaks, exponents = new_flags(codes, programs, tiles, TILE_COLUMNS)
+    program_peaks, exponents = new_flags(codes, programs, tiles, tile_columns)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), tensor_scale, rotations, out, program_peaks, exponents, seeds, index, rank,
         length, columns, groups_per_row, tiles,
     )  # fmt: skip
     with on_device_of(codes):
-        launch(saved_values_kernel, programs, *arguments, count, COLUMNS=TILE_COLUMNS, **OPTIONS, **FUSED)
-        launch(saved_again_kernel, target.processors, *arguments, programs, COLUMNS=TILE_COLUMNS, **AGAIN, **EXACT)
+        launch(saved_values_kernel, programs, *arguments, count, COLUMNS=tile_columns, **OPTIONS, **FUSED)
+        launch(saved_again_kernel, target.processors, *arguments, programs, COLUMNS=tile_columns, **AGAIN, **EXACT)
     return out
