@@ -43,7 +43,7 @@ def test_a_rehearsal_notes_the_launches_of_an_operator() -> None:
     assert module == "quartet_compile.kernels.triton_kernels.forward_words"
     assert types[:4] == (torch.int32, torch.int32, torch.uint8, torch.int32)  # x, codes, scales, values
     assert options["VALUES"] is True
-    assert options["num_warps"] == 8
+    assert options["num_warps"] == 4
 
 
 def test_other_threads_launch_during_a_rehearsal() -> None:
