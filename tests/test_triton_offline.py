@@ -57,8 +57,9 @@ def test_kernel_compiles(capability, dtype, name, tmp_path):
         hopper = "mma.sync" if dtype == "fp32" and "gradient" in name else "wgmma.mma_async"
         assert {8: "mma.sync", 9: hopper, 10: "tcgen05.mma", 12: "mma.sync"}[capability // 10] in ptx
     if name.startswith("words"):
-        # For the maximum of a block, of which newer versions of Triton need none, and five for each group of a thread whose values are stored.
-        constants, threads = cases(capability, dtype)[name].constants, 32 * cases(capability, dtype)[name].options["num_warps"]
+        # For the maximum of a block, of which newer versions of Triton need none, and five to store a group's values.
+        case = cases(capability, dtype)[name]
+        constants, threads = case.constants, 32 * case.options["num_warps"]
         stores = 5 * constants["BLOCK"] // threads if constants["VALUES"] else 0
         assert stores <= ptx.count("shfl.sync") <= stores + 8
     if name.startswith("product"):
