@@ -1,7 +1,7 @@
 """What a whole training step costs in NVFP4 against BF16: time, memory and compilation.
 
-    python benchmarks/train_step.py                          both models, bfloat16 autocast: about six minutes on a GPU
-    python benchmarks/train_step.py --quick                  the demo's GPT, few steps: one to two minutes, most of it compilation
+    python benchmarks/train_step.py                          both models, bfloat16 autocast: minutes on a GPU, most of them compilation
+    python benchmarks/train_step.py --quick                  the demo's GPT, few steps
     python benchmarks/train_step.py --dtype bfloat16         parameters in bfloat16, no autocast
     python benchmarks/train_step.py --mode reduce-overhead   with CUDA graphs
     python benchmarks/train_step.py --models llama-1b --profile      the kernels of one quartet step, too

@@ -20,10 +20,10 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     store_tensor_scale,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, empty_packed, empty_swizzled, launch, on_device_of, target_of
-from quartet_compile.kernels.triton_kernels.ms_eden import MOST_PROGRAMS, largest_peak, new_flags, store_peak
+from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
-from quartet_compile.kernels.triton_kernels.saved_values import UNIT, column_order, load_packed, unpack
+from quartet_compile.kernels.triton_kernels.saved_values import UNIT, column_order, load_packed, shares, unpack
 
 
 @triton.jit(do_not_specialize=["index", "rank", "tiles", "count"])
@@ -125,10 +125,8 @@ def requantize(
         return out_codes, order, g
     target = target_of(codes)
     tile_columns, resident, options = saved_tile(target.capability)
-    blocks, strips = ceil_div(length, 128), ceil_div(columns, tile_columns)
-    tiles = blocks * strips
-    count = ceil_div(tiles, min(resident * target.processors, MOST_PROGRAMS))
-    programs = ceil_div(tiles, count)
+    tiles = ceil_div(length, 128) * ceil_div(columns, tile_columns)
+    count, programs = shares(tiles, resident, target)
     peaks, exponents = new_flags(codes, programs, tiles, tile_columns)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), out_codes.view(torch.int32), out_scales.view(torch.uint8), exponents, peaks,

@@ -26,7 +26,7 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     store_smallest,
     store_values,
 )
-from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
+from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, Target, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import MOST_PROGRAMS, largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, e2m1_value, e4m3_value
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
@@ -188,6 +188,12 @@ def saved_tile(capability: int) -> tuple[int, int]:
     return (32, 2) if capability // 10 == 8 else (64, 3)
 
 
+def shares(tiles: int, resident: int, target: Target) -> tuple[int, int]:
+    """How many neighbouring tiles a program does, and how many programs that takes, at most `resident` on a multiprocessor."""
+    count = ceil_div(tiles, min(resident * target.processors, MOST_PROGRAMS))
+    return count, ceil_div(tiles, count)
+
+
 def requantize_values(
     codes: Tensor, scales: Tensor, tensor_scale: Tensor, columns: int, rotations: Tensor, seeds: Tensor, index: int, rule: str, rank: int
 ) -> Tensor:
@@ -202,8 +208,7 @@ def requantize_values(
     target = target_of(codes)
     tile_columns, resident = saved_tile(target.capability)
     tiles = ceil_div(length, 128) * ceil_div(columns, tile_columns)
-    count = ceil_div(tiles, min(resident * target.processors, MOST_PROGRAMS))
-    programs = ceil_div(tiles, count)
+    count, programs = shares(tiles, resident, target)
     program_peaks, exponents = new_flags(codes, programs, tiles, tile_columns)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), tensor_scale, rotations, out, program_peaks, exponents, seeds, index, rank,
