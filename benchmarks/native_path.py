@@ -18,8 +18,8 @@ from quartet_compile.kernels.triton_kernels import eden_codes, forward, gradient
 BF16, CODE, SCALE, PROVISIONAL = 2.0, 1 / 2, 1 / 16, 1 / 16 + 1 / 128
 """Bytes an element: its own, its code, its share of its group's E4M3 scale, and of what stands for it before alignment."""
 
-ROTATION_FLOPS = 2 * 128
-"""BF16 tensor-core operations an element: a product with a Hadamard matrix of 128."""
+ROTATION_FLOPS = 2 * 64
+"""BF16 tensor-core operations an element: a product with a Hadamard matrix of 64 (`rotation`)."""
 
 Constants = Mapping[str, Any]
 
@@ -57,7 +57,7 @@ def _aligned(sides: Callable[[Constants], int]) -> Callable[[Constants], int]:
     return lambda constants: constants["TILES"] * sides(constants)
 
 
-REPAIR = (eden_codes.exact_codes, rotation.rotate, rotation.signed_hadamard, saved_values.load_packed, gradient_tiles.load_tile)
+REPAIR = (eden_codes.exact_codes, rotation.rotate, rotation.signed_hadamard, saved_values.load_block, gradient_tiles.load_halves)
 """What an aligning launch does with tiles whose scales may be subnormal numbers."""
 
 GRADIENT = Pass("gradient", _rows, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
@@ -97,7 +97,7 @@ class Compiled:
 
 def quantizers(capability: int) -> list[tuple[str, tuple[Pass, ...]]]:
     """All but the products, in order: the operand that is read, x [tokens, in], w [out, in] or e [tokens, out], and the launches."""
-    saved = replace(SAVED, programs=saved_codes.saved_tile(capability)[1])
+    saved = replace(SAVED, programs=saved_codes.resident(capability))
     return [*((operand, (*FORWARD, SWIZZLE)) for operand in "xw"), ("e", QUANTIZE_GRADIENT), *((o, (saved, ALIGN_SAVED)) for o in "wx")]
 
 

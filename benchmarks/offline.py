@@ -26,6 +26,7 @@ from quartet_compile.kernels.triton_kernels import (
     gradient_codes,
     packed_product,
     saved_codes,
+    saved_values,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, target_for
 
@@ -87,16 +88,17 @@ def product_types() -> dict[str, str]:
 def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
     """Both launches of `gradient_codes`, in one orientation and in both, and of `saved_codes`."""
     target = target_for(capability, processors=1)
-    forms = target.forms(TORCH_DTYPES[dtype])
+    forms = target.forms()
     packed = {"codes": "*i32", "scales": "*u8", "exponents": "*u8", "peaks": "*i32"}
     saved = {
         **packed, "saved_codes": "*i32", "saved_scales": "*u8", "seeds": "*i64", "index": "i32", "rank": "i32",
         "length": "i32!", "columns": "i32!", "groups_per_row": "i32!", "tiles": "i32",
     }  # fmt: skip
-    columns, _, options = saved_codes.saved_tile(capability)
-    saved_forms = {**forms, "COLUMNS": columns}
+    saved_forms = {**forms, "COLUMNS": saved_values.COLUMNS}
     found = {
-        "saved": Case(saved_codes.saved_codes_kernel, {**saved, "count": "i32"}, saved_forms, {**options, **FUSED}, exact=False),
+        "saved": Case(
+            saved_codes.saved_codes_kernel, {**saved, "count": "i32"}, saved_forms, {**saved_codes.OPTIONS, **FUSED}, exact=False
+        ),
         "align_saved": Case(
             saved_codes.align_saved_kernel,
             {**saved, "swizzled": "*i32", "incoming": "*fp32", "out_tensor_scale": "*fp32", "programs": "i32"},
@@ -106,11 +108,12 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
     }
     gradient = {
         **{f"{side}_{name}": kind for side in ("row", "column") for name, kind in packed.items()},
-        "x": f"*{dtype}", "seeds": "*i64", "row_index": "i32", "column_index": "i32", "rank": "i32",
+        "x": f"*{dtype}", "rotations": "*bf16", "seeds": "*i64", "row_index": "i32", "column_index": "i32", "rank": "i32",
         "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "tiles": "i32",
     }  # fmt: skip
     aligned = {
-        **packed, "swizzled": "*i32", "operand": f"*{dtype}", "out_tensor_scale": "*fp32", "seeds": "*i64", "index": "i32", "rank": "i32",
+        **packed, "swizzled": "*i32", "operand": f"*{dtype}", "rotations": "*bf16", "out_tensor_scale": "*fp32",
+        "seeds": "*i64", "index": "i32", "rank": "i32",
         "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "column_stride": "i32!", "tiles": "i32", "programs": "i32",
     }  # fmt: skip
     tile = gradient_codes.tile_for(capability, TORCH_DTYPES[dtype])

@@ -9,7 +9,7 @@ split and it is settled what is saved, by ones that write values beside the pack
 ``quantize_values(x, rule)``
     The values alone, for a product whose operand nothing else reads.
 ``rotations(seeds)``
-    The matrix of each rotation of a step, signs included: bfloat16 [n, 128, 128]. The operators below read it.
+    The matrices of each rotation of a step, signs included: bfloat16 [n, 2, 64, 64]. The operators below read it.
 ``grad_values(e, rotations, seeds, index, rule, transpose, scale)``
     e [M, N] -> the values of ``quantize_grad`` times `scale`: [M, ceil(N/128)*128], transposed [N, ceil(M/128)*128].
 ``grad_values_both(e, rotations, seeds, index, transposed_index, rule, scale)``
@@ -68,14 +68,17 @@ def values_of(codes: Tensor, scales: Tensor, tensor_scale: Tensor, *, scale: flo
 
 
 def product_order(values: Tensor) -> Tensor:
-    """[M, 128 n] with the columns of each 128 reordered: their sixteen chunks of eight as a 4 x 4 matrix, transposed. Its own inverse."""
-    return values.unflatten(1, (values.shape[1] // ROTATION, 4, 4, 8)).transpose(2, 3).flatten(1)
+    """[M, 128 n] with the columns of each 64 reordered: their eight chunks of eight as a 4 x 2 matrix, transposed."""
+    return values.unflatten(1, (values.shape[1] // 64, 4, 2, 8)).transpose(2, 3).flatten(1)
 
 
-def rotation_matrix(seed: int) -> Tensor:
-    """float32 [128, 128]: x @ it is x rotated, columns in the order in which tensor cores hand a thread whole groups of 16."""
-    matrix = reference.rotate(torch.eye(ROTATION), philox.rotation_signs(seed))
-    return matrix.unflatten(1, (4, 16, 2)).transpose(1, 2).flatten(1)
+def rotation_matrices(seed: int) -> Tensor:
+    """float32 [2, 64, 64], F and B: x rotated is [f F + b B, f F - b B] for the halves f and b of x.
+
+    Columns are in the order in which tensor cores hand a thread whole groups of 16.
+    """
+    matrix = reference.rotate(torch.eye(ROTATION), philox.rotation_signs(seed))[:, :64]
+    return matrix.unflatten(1, (4, 8, 2)).transpose(1, 2).flatten(1).unflatten(0, (2, 64))
 
 
 # ---------------------------------------------------------------- shapes
@@ -98,7 +101,7 @@ def _quantize_values_fake(x: Tensor, rule: str) -> Tensor:
 
 @torch.library.register_fake("quartet::rotations", lib=_library)
 def _rotations_fake(seeds: Tensor) -> Tensor:
-    return seeds.new_empty((seeds.shape[0], ROTATION, ROTATION), dtype=torch.bfloat16)
+    return seeds.new_empty((seeds.shape[0], 2, ROTATION // 2, ROTATION // 2), dtype=torch.bfloat16)
 
 
 @torch.library.register_fake("quartet::grad_values", lib=_library)
@@ -147,7 +150,7 @@ def _quantize_values_cpu(x: Tensor, rule: str) -> Tensor:
 
 
 def _rotations_cpu(seeds: Tensor) -> Tensor:
-    return torch.stack([rotation_matrix(philox.seed_for_rank(seed, ops.rank())) for seed in seeds.tolist()]).bfloat16()
+    return torch.stack([rotation_matrices(philox.seed_for_rank(seed, ops.rank())) for seed in seeds.tolist()]).bfloat16()
 
 
 def _grad_values_cpu(e: Tensor, rotations: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, scale: float) -> Tensor:

@@ -127,7 +127,7 @@ return (down_y_values, *up_x, *up_w, *down_x, *down_w, le)""")
         self.assertExpectedInline(backward, """\
 def forward(self, *up_x, *up_w, *down_x, *down_w, le: "b8[32, 128]", tangents_1: "f32[32, 64]"):
 seeds: "i64[4]" = prims.inductor_seeds(4, device(type='cpu'))
-rotations: "bf16[4, 128, 128]" = quartet.rotations(seeds)
+rotations: "bf16[4, 2, 64, 64]" = quartet.rotations(seeds)
 down_dw_e_both_values = quartet.grad_values_both(tangents_1, rotations, seeds, 1, 0, 'ms_eden', 0.0078125)
 down_xt_values: "bf16[128, 128]" = quartet.requantize_values(*down_x, 128, rotations, seeds, 0, 'ms_eden')
 down_dw_values: "f32[64, 128]" = quartet.matmul_values(down_dw_e_transposed_values, down_xt_values, None, torch.float32)

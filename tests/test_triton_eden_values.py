@@ -23,7 +23,7 @@ from triton_support import (
 )
 
 from quartet_compile.kernels import philox, reference_ops
-from quartet_compile.kernels.value_ops import product_order, rotation_matrix, values_of
+from quartet_compile.kernels.value_ops import product_order, rotation_matrices, values_of
 
 pytest.importorskip("triton")
 
@@ -72,7 +72,7 @@ def assert_grad_values(e: Tensor, exact: bool = False, scale: float = SCALE, ran
 @on_devices
 def test_rotations(device):
     seeds = seeds_on(device)
-    expected = torch.stack([rotation_matrix(philox.seed_for_rank(seed, 5)) for seed in seeds.tolist()])
+    expected = torch.stack([rotation_matrices(philox.seed_for_rank(seed, 5)) for seed in seeds.tolist()])
     assert torch.equal(triton_kernels.rotations(seeds, 5).cpu().float(), expected)
 
 

@@ -19,7 +19,6 @@ from quartet_compile.kernels.triton_kernels.numbers import (
     INTERPRET,
     bits_of,
     e2m1_nearest,
-    e2m1_pair,
     e4m3_stochastic,
 )
 from quartet_compile.kernels.triton_kernels.random import uniforms_of_groups
@@ -28,6 +27,9 @@ from quartet_compile.kernels.triton_kernels.words import SIGNS, pack_codes, uppe
 _SMALLEST_TENSOR_SCALE = tl.constexpr(2.0**-100)
 _SMALLEST_SCALE = tl.constexpr(9)
 """E4M3 byte behind that of 2^-6, the smallest normal number, to which a subnormal one may have been rounded up."""
+
+CHUNK_ROWS = tl.constexpr(16)
+"""Rows of a tile that are made again at a time: as few as tensor cores take, so that this rare path does not claim the registers."""
 
 
 # ---------------------------------------------------------------- sixteen elements of a thread
@@ -79,17 +81,17 @@ def _split(x, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _round(y, factor, NATIVE: tl.constexpr, WHOLE: tl.constexpr):
+def _round(y, factor, NATIVE: tl.constexpr):
     """v = y [n, 8, 16] times factor [n, 8], below 7, rounded to q -> codes, and sums over groups of v v and of v q.
 
-    The codes of the first and of the last eight elements, int32 [n, 8] each. WHOLE: a thread holds whole groups.
+    The codes of the first and of the last eight elements, int32 [n, 8] each.
     """
     n: tl.constexpr = y.shape[0]
-    if NATIVE and WHOLE and not INTERPRET:
+    if NATIVE and not INTERPRET:
         front, back, numerator, denominator = tl.inline_asm_elementwise(
             _ROUND, _ROUND_CONSTRAINTS, _split(y, 4) + (factor,), dtype=_ROUND_RESULT, is_pure=True, pack=1  # noqa: RUF005
         )  # fmt: skip
-    elif WHOLE:
+    else:
         v = y * factor[:, :, None]
         q = e2m1_nearest(v)
         numerator = tl.sum(v * v, 2)
@@ -100,12 +102,6 @@ def _round(y, factor, NATIVE: tl.constexpr, WHOLE: tl.constexpr):
         w = _split((upper_halves(even_q, odd_q) & ~SIGNS) | (upper_halves(even, odd) & SIGNS), 3)
         front = pack_codes(w[0], w[4], w[2], w[6])
         back = pack_codes(w[1], w[5], w[3], w[7])
-    else:
-        even, odd = tl.split((y * factor[:, :, None]).reshape(n, 8, 8, 2))
-        byte, even_q, odd_q = e2m1_pair(even, odd, NATIVE)
-        numerator = tl.sum(even * even + odd * odd, 2)
-        denominator = tl.sum(even * even_q + odd * odd_q, 2)
-        front, back = _words_of_bytes(byte)
     return front, back, numerator, denominator
 
 
@@ -117,13 +113,13 @@ def _words_of_bytes(byte):
 
 
 @triton.jit
-def fast_codes(y, seed, row, block, STREAM: tl.constexpr, UNIT: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr):
+def fast_codes(y, seed, row, block, STREAM: tl.constexpr, UNIT: tl.constexpr, NATIVE: tl.constexpr):
     """Rotated groups y [n, 8, 16] of rows `row` [n] -> their codes, eight to an int32, twice [n, 8]; bits of their scales and of t, [n, 8].
 
     The groups are y * UNIT, a power of two.
     """
     peak, safe, factor = peaks_of(y)
-    front, back, numerator, denominator = _round(y, factor, NATIVE, WHOLE)
+    front, back, numerator, denominator = _round(y, factor, NATIVE)
     t_bits, s_bits = fast_scale(peak, safe, numerator, denominator, seed, row, block, STREAM, UNIT)
     some = peak > 0  # whatever sign the tensor cores give to a sum of zeros
     return tl.where(some, front, 0), tl.where(some, back, 0), tl.where(some, s_bits, 0), t_bits
@@ -144,20 +140,20 @@ def exact_codes(y, peak_bits, seed, row, block, STREAM: tl.constexpr, NATIVE: tl
 
 
 @triton.jit
-def _store_pair(codes, scales, present, front0, back0, front1, back1, bytes_):
-    """Two neighbouring groups of a thread: 16 bytes of codes, 2 of scales. tl.store would pass them through shared memory first."""
+def _store_group(codes, scales, present, front, back, byte):
+    """A group of a thread: 8 bytes of codes, one of scales. tl.store would pass them through shared memory first."""
     tl.inline_asm_elementwise(
         """
         {
-        .reg .pred present; .reg .b16 two;
-        setp.ne.b32 present, $3, 0;  cvt.u16.u32 two, $8;
-        @present st.global.v4.b32 [$1], {$4, $5, $6, $7};
-        @present st.global.b16 [$2], two;
+        .reg .pred present;
+        setp.ne.b32 present, $3, 0;
+        @present st.global.v2.b32 [$1], {$4, $5};
+        @present st.global.u8 [$2], $6;
         mov.b32 $0, 0;
         }
         """,
-        "=r,l,l,r,r,r,r,r,r",
-        [codes, scales, present, front0, back0, front1, back1, bytes_],
+        "=r,l,l,r,r,r,r",
+        [codes, scales, present, front, back, byte],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -165,29 +161,25 @@ def _store_pair(codes, scales, present, front0, back0, front1, back1, bytes_):
 
 
 @triton.jit
-def store_groups(front, back, bytes_, codes, scales, first_row, i, rows, block, blocks, WHOLE: tl.constexpr):
+def store_groups(front, back, bytes_, codes, scales, first_row, i, rows, block, blocks):
     """Codes and scale bytes, int32 [n, 8], of rows first_row + i [n] and of `block`, 128 columns -> codes int32, scales u8."""
     n: tl.constexpr = front.shape[0]
     at = (first_row * tl.cast(blocks, tl.int64) + block) + i.to(tl.int64)[:, None] * blocks
     present = (first_row + i < rows)[:, None]
-    if INTERPRET or not WHOLE:
-        group = tl.arange(0, 8)[None, :]
+    group = tl.arange(0, 8)[None, :]
+    if INTERPRET:
         tl.store(codes + at * 16 + group * 2, front, mask=present)
         tl.store(codes + at * 16 + group * 2 + 1, back, mask=present)
         tl.store(scales + at * 8 + group, bytes_.to(tl.uint8), mask=present)
     else:
-        front0, front1 = tl.split(front.reshape(n, 4, 2))
-        back0, back1 = tl.split(back.reshape(n, 4, 2))
-        low, high = tl.split(bytes_.reshape(n, 4, 2))
-        pair = tl.arange(0, 4)[None, :]
-        _store_pair(
-            (codes + at * 16 + pair * 4).to(tl.int64), (scales + at * 8 + pair * 2).to(tl.int64),
-            present.broadcast_to(n, 4).to(tl.int32), front0, back0, front1, back1, low | (high << 8),
+        _store_group(
+            (codes + at * 16 + group * 2).to(tl.int64), (scales + at * 8 + group).to(tl.int64), present.broadcast_to(n, 8).to(tl.int32),
+            front, back, bytes_,
         )  # fmt: skip
 
 
 @triton.jit
-def store_provisional(front, back, s_bits, codes, scales, exponents, tile, first_row, i, rows, block, blocks, WHOLE: tl.constexpr):
+def store_provisional(front, back, s_bits, codes, scales, exponents, tile, first_row, i, rows, block, blocks):
     """As `store_groups`, from the bits of rounded scales: bytes 1 to 255, 1 if a scale is 31 binades below the largest of its row, 0 for 0.
 
     exponents: u8 [tiles, n], that of each row's largest scale.
@@ -195,7 +187,7 @@ def store_provisional(front, back, s_bits, codes, scales, exponents, tile, first
     n: tl.constexpr = front.shape[0]
     largest = tl.max(s_bits, 1) >> 23
     bytes_ = tl.maximum((s_bits >> 20) - (largest * 8 - 248)[:, None], (s_bits != 0).to(tl.int32))
-    store_groups(front, back, bytes_, codes, scales, first_row, i, rows, block, blocks, WHOLE)
+    store_groups(front, back, bytes_, codes, scales, first_row, i, rows, block, blocks)
     tl.store(exponents + tile * n + tl.arange(0, n), largest.to(tl.uint8))
 
 

@@ -63,8 +63,8 @@ CHUNK_ROWS = tl.constexpr(16)
 CHECKED_CHUNKS = tl.constexpr(64)
 """Chunks that a program of a second launch looks at together."""
 
-AGAIN = {"num_warps": 8}
-"""Launch options of second launches: with fewer warps some Triton versions spill."""
+AGAIN = {"num_warps": 8, "maxnreg": 248}
+"""Launch options of second launches. Unless told how many registers there are, ptxas spills rather than take more than 126."""
 
 
 @triton.jit
@@ -80,9 +80,19 @@ def exponent_limit(peak_bits, incoming):
 
 
 @triton.jit
+def checks_of(chunks):
+    """How many sets of CHECKED_CHUNKS there are: an odd number.
+
+    Set c has the chunks c, c + checks_of, c + 2 checks_of and so on: rows that must be made again are often neighbours or a power of two
+    apart (the first tokens of sequences, whose queries have no gradient), and every program should get its share.
+    """
+    return tl.cdiv(chunks, CHECKED_CHUNKS) | 1
+
+
+@triton.jit
 def load_smallest(exponents, check, chunks):
-    """The check'th CHECKED_CHUNKS of `exponents`, uint8 [chunks, CHUNK_ROWS], as int32; 256 behind the end."""
-    i = check * CHECKED_CHUNKS + tl.arange(0, CHECKED_CHUNKS)
+    """The check'th set of `exponents`, uint8 [chunks, CHUNK_ROWS], as int32; 256 behind the end."""
+    i = check + tl.arange(0, CHECKED_CHUNKS) * checks_of(chunks)
     at = i[:, None] * CHUNK_ROWS + tl.arange(0, CHUNK_ROWS)[None, :]
     present = i[:, None] < chunks
     return tl.where(present, tl.load(exponents + at, mask=present, other=0).to(tl.int32), 256)
@@ -146,13 +156,13 @@ def _store_eight(pointer, present, factor, a, b, c, d, e, f, g, h):
 def store_values(numbers, factor, out, first_row, i, rows, block, blocks):
     """numbers [n, 8, 16] times factor [n, 8], both and their products bfloat16 numbers in float32 -> out [rows, 128 * blocks].
 
-    At rows first_row + i and the columns of `block`, those in `product_order`: the four threads that hold a row own 32 columns each. In
-    this order their k-th chunks of eight are neighbours: 64 bytes a store.
+    At rows first_row + i and the columns of `block`, those in `product_order`: the four threads that hold a row own a group of each half.
+    In this order their k-th chunks of eight are neighbours: 64 bytes a store.
     """
     n: tl.constexpr = numbers.shape[0]
     chunk = tl.arange(0, 16)
     start = out + (first_row * tl.cast(blocks, tl.int64) + block) * 128
-    at = i.to(tl.int64)[:, None] * (blocks * 128) + (((chunk & 3) << 2) | (chunk >> 2))[None, :] * 8
+    at = i.to(tl.int64)[:, None] * (blocks * 128) + ((chunk & 8) | ((chunk & 1) << 2) | ((chunk >> 1) & 3))[None, :] * 8
     present = (first_row + i < rows)[:, None]
     if INTERPRET:
         at = at[:, :, None] + tl.arange(0, 8)[None, None, :]

@@ -14,7 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quartet_compile.kernels.format import ROTATION, ceil_div, ceil_to
+from quartet_compile.kernels.triton_kernels import gradient_tiles
 from quartet_compile.kernels.triton_kernels.eden_codes import (
+    CHUNK_ROWS,
     align_tiles,
     exact_codes,
     fast_codes,
@@ -23,7 +25,7 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     store_swizzled,
     store_tensor_scale,
 )
-from quartet_compile.kernels.triton_kernels.gradient_tiles import Tile, load_operand, load_tile, place_of, walk
+from quartet_compile.kernels.triton_kernels.gradient_tiles import Tile, load_halves, load_operand, place_of, walk
 from quartet_compile.kernels.triton_kernels.launch import (
     EXACT,
     FUSED,
@@ -36,33 +38,39 @@ from quartet_compile.kernels.triton_kernels.launch import (
 )
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
-from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
+from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate, rotations, signed_hadamard
+
+
+@triton.jit
+def _rotation(rotations, index, seed, DTYPE: tl.constexpr, PERMUTED: tl.constexpr):
+    """The matrices of rotation `index`. Those for three products stay in shared memory only if they come from memory: else they spill."""
+    return load_rotation(rotations, index, DTYPE) if DTYPE is tl.float32 and PERMUTED else signed_hadamard(seed, DTYPE, PERMUTED)
 
 
 @triton.jit
 def _walk(
-    x, codes, scales, exponents, peaks, seed, first, step, rows, columns, row_stride, column_stride, tiles,
-    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, TURNED: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
+    x, rotations, codes, scales, exponents, peaks, seeds, index, rank, first, step, rows, columns, row_stride, column_stride, tiles,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, TURNED: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every step'th tile, from `first` on, of x [rows, columns] or, TURNED, of its transpose."""
-    rotation = signed_hadamard(seed, x.dtype.element_ty, PERMUTED)
+    seed = seed_of_rank(seeds, index, rank)
+    rotation = _rotation(rotations, index, seed, x.dtype.element_ty, PERMUTED)
     i = tl.arange(0, HEIGHT)
     largest = tl.zeros((HEIGHT,), tl.int32)
     for tile in tl.range(first, tiles, step, num_stages=STAGES):
-        operand, start, block, length, blocks = load_operand(x, tile, rows, columns, row_stride, column_stride, TURNED, HEIGHT)
-        y = rotate(operand, rotation, PERMUTED)
-        front, back, s_bits, t_bits = fast_codes(y, anew(seed), start + i, block, STREAM_GRADIENT, 1.0, NATIVE, WHOLE)
-        store_provisional(front, back, s_bits, codes, scales, exponents, tile, start, i, length, block, blocks, WHOLE)
+        halves, start, block, length, blocks = load_operand(x, tile, rows, columns, row_stride, column_stride, TURNED, HEIGHT)
+        y = rotate(halves, rotation, PERMUTED)
+        front, back, s_bits, t_bits = fast_codes(y, anew(seed), start + i, block, STREAM_GRADIENT, 1.0, NATIVE)
+        store_provisional(front, back, s_bits, codes, scales, exponents, tile, start, i, length, block, blocks)
         largest = tl.maximum(largest, tl.max(t_bits & 0x7FFFFFFF, 1))
     tl.store(peaks + first, tl.max(largest, 0))
 
 
 @triton.jit(do_not_specialize=["row_index", "column_index", "rank", "tiles"])
 def gradient_codes_kernel(
-    x, row_codes, row_scales, row_exponents, row_peaks, column_codes, column_scales, column_exponents, column_peaks, seeds,
+    x, rotations, row_codes, row_scales, row_exponents, row_peaks, column_codes, column_scales, column_exponents, column_peaks, seeds,
     row_index, column_index, rank, rows, columns, row_stride, column_stride, tiles,
-    ROW: tl.constexpr, COLUMN: tl.constexpr, PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr,
-    HEIGHT: tl.constexpr, STAGES: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, PERMUTED: tl.constexpr, NATIVE: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [rows, columns] -> row_* [rows, ceil(columns/128)*128] and column_* [columns, ceil(rows/128)*128], whichever is asked for.
 
@@ -73,22 +81,21 @@ def gradient_codes_kernel(
     step = tl.num_programs(0) // SIDES
     if tl.program_id(0) % SIDES == (0 if ROW else 1):
         _walk(
-            x, row_codes, row_scales, row_exponents, row_peaks, seed_of_rank(seeds, row_index, rank), first, step,
-            rows, columns, row_stride, column_stride, tiles, PERMUTED, NATIVE, WHOLE, False, HEIGHT, STAGES,
+            x, rotations, row_codes, row_scales, row_exponents, row_peaks, seeds, row_index, rank, first, step,
+            rows, columns, row_stride, column_stride, tiles, PERMUTED, NATIVE, False, HEIGHT, STAGES,
         )  # fmt: skip
     else:
         _walk(
-            x, column_codes, column_scales, column_exponents, column_peaks, seed_of_rank(seeds, column_index, rank), first, step,
-            rows, columns, row_stride, column_stride, tiles, PERMUTED, NATIVE, WHOLE, True, HEIGHT, STAGES,
+            x, rotations, column_codes, column_scales, column_exponents, column_peaks, seeds, column_index, rank, first, step,
+            rows, columns, row_stride, column_stride, tiles, PERMUTED, NATIVE, True, HEIGHT, STAGES,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["index", "rank", "tiles"])
 def align_gradient_kernel(
-    operand, codes, scales, swizzled, exponents, peaks, out_tensor_scale, seeds, index, rank,
+    operand, rotations, codes, scales, swizzled, exponents, peaks, out_tensor_scale, seeds, index, rank,
     rows, columns, row_stride, column_stride, tiles, programs,
-    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr,
-    TURNED: tl.constexpr, HEIGHT: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, TURNED: tl.constexpr, HEIGHT: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """Provisional scales -> E4M3, and the tensor scale, of one orientation, operand [rows, columns]. A program does TILES tiles.
 
@@ -99,22 +106,23 @@ def align_gradient_kernel(
     blocks = tl.cdiv(columns, 128)
     bits = largest_peak(peaks, programs)
     store_tensor_scale(bits, 1.0, out_tensor_scale)
-    i = tl.arange(0, HEIGHT)
     of_row, of_block = _place_in_operand(first + tl.arange(0, TILES), rows, columns, TURNED, HEIGHT)
-    marked = align_tiles(scales, swizzled, exponents, bits, of_row, i, rows, of_block, blocks, first, tiles, SWIZZLED)
+    marked = align_tiles(scales, swizzled, exponents, bits, of_row, tl.arange(0, HEIGHT), rows, of_block, blocks, first, tiles, SWIZZLED)
     if marked != 0:
         seed = seed_of_rank(seeds, index, rank)
-        rotation = signed_hadamard(seed, operand.dtype.element_ty, PERMUTED)
+        rotation = _rotation(rotations, index, seed, operand.dtype.element_ty, PERMUTED)
         for t in range(TILES):
             if (marked >> t) & 1:
                 start, block = _place_in_operand(first + t, rows, columns, TURNED, HEIGHT)
-                values = load_tile(operand, start, block * 128, rows, columns, row_stride, column_stride, HEIGHT, 128)
-                y = rotate(values, rotation, PERMUTED)
-                front, back, e4m3 = exact_codes(y, bits, seed, start + i, block, STREAM_GRADIENT, NATIVE)
-                store_groups(front, back, e4m3, codes, scales, start, i, rows, block, blocks, WHOLE)
-                if SWIZZLED:
-                    row = start + i
-                    store_swizzled(e4m3, swizzled, row, block, blocks, row < rows)
+                for c in range(HEIGHT // CHUNK_ROWS):
+                    chunk = start + c * CHUNK_ROWS
+                    i = tl.arange(0, CHUNK_ROWS)
+                    halves = load_halves(operand, chunk, block * 128, rows, columns, row_stride, column_stride, CHUNK_ROWS)
+                    y = rotate(halves, rotation, PERMUTED)
+                    front, back, e4m3 = exact_codes(y, bits, seed, chunk + i, block, STREAM_GRADIENT, NATIVE)
+                    store_groups(front, back, e4m3, codes, scales, chunk, i, rows, block, blocks)
+                    if SWIZZLED:
+                        store_swizzled(e4m3, swizzled, chunk + i, block, blocks, chunk + i < rows)
 
 
 @triton.jit
@@ -136,14 +144,11 @@ ALIGN_OPTIONS = {"num_warps": 8}
 
 
 def tile_for(capability: int, dtype: torch.dtype) -> Tile:
-    """The tile of `gradient_codes_kernel`: such as compiles without spilling."""
-    major, single = capability // 10, dtype == torch.float32
-    if major == 10:
+    """The tile of `gradient_codes_kernel`."""
+    if capability // 10 == 10:
         # A thread has a row of the accumulator, or half of one.
-        return Tile(128, 1, 1, {"num_warps": 8}) if single else Tile(128, 2, 2, {"num_warps": 4})
-    if major == 9 and not single:
-        return Tile(64, 2, 4, {"num_warps": 4})
-    return Tile(16, 2, 1, {"num_warps": 8}) if single else Tile(16, 4, 1, {"num_warps": 4})
+        return Tile(128, 1, 1, {"num_warps": 8}) if dtype == torch.float32 else Tile(128, 2, 2, {"num_warps": 4})
+    return gradient_tiles.tile_for(capability, dtype)
 
 
 Packed = tuple[Tensor, Tensor, Tensor]
@@ -179,6 +184,7 @@ def _launch(
     (rows, columns), (row_stride, column_stride) = e.shape, e.stride()
     tile = tile_for(target.capability, e.dtype)
     tiles, programs = walk(rows, columns, sum(asked.values()), tile, target)
+    matrices = rotations(seeds, rank) if e.dtype == torch.float32 and target.permuted else e  # e: not looked at
     sides: list[Tensor] = []
     launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     for packed, turned, which, shape in (
@@ -194,13 +200,13 @@ def _launch(
         order = orders[len(launches)]
         codes, scales, *flags = side
         swizzled = scales if order is None else order.view(torch.int32)
-        arguments = e, codes, scales, swizzled, *flags, packed[2], seeds, which, rank, *shape, tiles, programs
+        arguments = e, matrices, codes, scales, swizzled, *flags, packed[2], seeds, which, rank, *shape, tiles, programs
         launches.append((arguments, {"TURNED": turned, "SWIZZLED": order is not None}))
-    forms = {**target.forms(e.dtype), "HEIGHT": tile.height}
+    forms = {**target.forms(), "HEIGHT": tile.height}
     aligned = aligned_tiles(tile.height)
     with on_device_of(e):
         launch(
-            gradient_codes_kernel, len(launches) * programs, e, *sides, seeds, index, transposed_index, rank, rows, columns,
+            gradient_codes_kernel, len(launches) * programs, e, matrices, *sides, seeds, index, transposed_index, rank, rows, columns,
             row_stride, column_stride, tiles, **asked, **forms, STAGES=tile.stages, **tile.options, **FUSED,
         )  # fmt: skip
         for arguments, of_side in launches:

@@ -15,6 +15,7 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     AGAIN,
     CHECKED_CHUNKS,
     CHUNK_ROWS,
+    checks_of,
     chunks_below,
     exact_values,
     exponent_limit,
@@ -23,7 +24,7 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     store_smallest,
     store_values,
 )
-from quartet_compile.kernels.triton_kernels.gradient_tiles import Tile, load_operand, load_tile, place_of, walk
+from quartet_compile.kernels.triton_kernels.gradient_tiles import load_halves, load_operand, place_of, tile_for, walk
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
@@ -39,8 +40,8 @@ def _walk(
     i = tl.arange(0, HEIGHT)
     largest = tl.zeros((HEIGHT, 8), tl.int32)
     for tile in tl.range(first, tiles, step, num_stages=STAGES):
-        operand, start, block, length, blocks = load_operand(x, tile, rows, columns, row_stride, column_stride, TURNED, HEIGHT)
-        y = rotate(operand, rotation, True)
+        halves, start, block, length, blocks = load_operand(x, tile, rows, columns, row_stride, column_stride, TURNED, HEIGHT)
+        y = rotate(halves, rotation, True)
         numbers, factor, bits, bits_or_infinity = fast_values(y, anew(seed), start + i, block, scale, STREAM_GRADIENT)
         store_smallest(bits_or_infinity, exponents, tile)
         store_values(numbers, factor, out, start, i, length, block, blocks)
@@ -88,24 +89,25 @@ def gradient_again_kernel(
     rows, columns, row_stride, column_stride, tiles, programs,
     ROW: tl.constexpr, COLUMN: tl.constexpr, HEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """The chunks of rows that need the tensor scale, now that it is known. Any number of programs, an even one for both orientations.
+    """The chunks of rows that need the tensor scale, now that it is known. Any number of programs.
 
-    programs: how many of the first launch did each orientation. Both are the same code with the sides of x exchanged.
+    programs: how many of the first launch did each orientation. Both are the same code with the sides of x exchanged, and all programs
+    look at both: often it is one of them that has rows to be made again.
     """
     SIDES: tl.constexpr = 2 if ROW and COLUMN else 1
-    side = tl.program_id(0) % SIDES
-    turned = side == (1 if ROW else 0)
-    start = tl.program_id(0) // SIDES
-    step = tl.num_programs(0) // SIDES
     chunks = tiles * (HEIGHT // CHUNK_ROWS)
-    exponents += side * tiles * HEIGHT
-    smallest = load_smallest(exponents, start, chunks)  # always a turn ahead
-    bits = largest_peak(peaks + side * programs, programs)
-    limit = exponent_limit(bits, 1.0)
-    for check in range(start, tl.cdiv(chunks, CHECKED_CHUNKS), step):
-        marked = chunks_below(smallest, limit)
-        smallest = load_smallest(exponents, check + step, chunks)
+    checks = checks_of(chunks)
+    first = tl.program_id(0)
+    smallest = _load_smallest(exponents, first, checks, tiles * HEIGHT, SIDES)  # always a turn ahead
+    bits = largest_peak(peaks, programs)
+    other_bits = largest_peak(peaks + (SIDES - 1) * programs, programs)
+    limit, other_limit = exponent_limit(bits, 1.0), exponent_limit(other_bits, 1.0)
+    for check in range(first, SIDES * checks, tl.num_programs(0)):
+        behind = check >= checks  # of the second orientation
+        marked = chunks_below(smallest, tl.where(behind, other_limit, limit))
+        smallest = _load_smallest(exponents, check + tl.num_programs(0), checks, tiles * HEIGHT, SIDES)
         if marked != 0:
+            turned = behind if ROW else not behind
             out, index = row_out, row_index
             length, across, down_stride, across_stride = rows, columns, row_stride, column_stride
             if turned:
@@ -117,23 +119,23 @@ def gradient_again_kernel(
             # Three products' operands leave no registers for what would be hoisted out of the loop.
             for c in tl.range(CHECKED_CHUNKS, disable_licm=x.dtype.element_ty == tl.float32):
                 if (marked >> c) & 1:
-                    row = (check * CHECKED_CHUNKS + c) * CHUNK_ROWS
+                    row = (check % checks + c * checks) * CHUNK_ROWS
                     down, right, part = place_of(row // HEIGHT, columns, HEIGHT)
                     block = tl.where(turned, down, right)
                     first_row = tl.where(turned, right, down) * 128 + part * HEIGHT + row % HEIGHT
-                    values = load_tile(x, first_row, block * 128, length, across, down_stride, across_stride, CHUNK_ROWS, 128)
-                    y = rotate(values, rotation, True)
-                    numbers, factor = exact_values(y, bits, seed, first_row + i, block, scale, STREAM_GRADIENT)
+                    halves = load_halves(x, first_row, block * 128, length, across, down_stride, across_stride, CHUNK_ROWS)
+                    y = rotate(halves, rotation, True)
+                    numbers, factor = exact_values(
+                        y, tl.where(behind, other_bits, bits), seed, first_row + i, block, scale, STREAM_GRADIENT
+                    )  # fmt: skip
                     store_values(numbers, factor, out, first_row, i, length, block, tl.cdiv(across, 128))
 
 
-def tile_for(capability: int, dtype: torch.dtype) -> Tile:
-    """The tile of `gradient_values_kernel`: measured on Hopper, elsewhere such as compile without spilling."""
-    if dtype == torch.float32:
-        return Tile(16, 2, 1, {"num_warps": 8})
-    if capability == 90:
-        return Tile(64, 2, 4, {"num_warps": 4})
-    return Tile(16, 4, 1, {"num_warps": 4})
+@triton.jit
+def _load_smallest(exponents, check, checks, rows, SIDES: tl.constexpr):
+    """`load_smallest` of both orientations, one after the other, each with so many checks and rows."""
+    side = tl.minimum(check // checks, SIDES)
+    return load_smallest(exponents + side * rows, check - side * checks, tl.where(side < SIDES, rows // CHUNK_ROWS, 0))
 
 
 def grad_values(
@@ -164,5 +166,5 @@ def grad_values(
     forms = {**asked, "HEIGHT": tile.height}
     with on_device_of(e):
         launch(gradient_values_kernel, sides * programs, *arguments, **forms, STAGES=tile.stages, **tile.options, **FUSED)
-        launch(gradient_again_kernel, ceil_to(target.processors, sides), *arguments, programs, **forms, **AGAIN, **EXACT)
+        launch(gradient_again_kernel, target.processors, *arguments, programs, **forms, **AGAIN, **EXACT)
     return row_out, column_out

@@ -29,32 +29,25 @@ FUSED = {"enable_fp_fusion": True}
 class Target:
     """What kernels ask of a GPU.
 
-    native: it has FP4 tensor cores and conversions. permuted: rotate with permuted columns (`rotation`). whole: rotated groups of 16 then
-    arrive in one thread each.
+    native: it has FP4 tensor cores and conversions. permuted: rotate with permuted columns (`rotation`).
     """
 
     capability: int
     native: bool
     permuted: bool
-    whole: bool
     processors: int
 
-    def forms(self, dtype: torch.dtype) -> dict[str, bool]:
-        """Constants of the kernels that rotate numbers of `dtype` into codes. On sm_90 float32 takes mma.sync: tiles for wgmma spill."""
-        whole = self.whole and not (self.capability == 90 and dtype == torch.float32)
-        return {"PERMUTED": self.permuted, "NATIVE": self.native, "WHOLE": whole}
+    def forms(self) -> dict[str, bool]:
+        """Constants of the kernels that rotate numbers into codes."""
+        return {"PERMUTED": self.permuted, "NATIVE": self.native}
 
 
 def target_for(capability: int, processors: int) -> Target:
     """The target of a compute capability, for example 90 for sm_90."""
-    # The permutation suits the accumulators of wgmma. Those of sm_100 hold a whole row in a thread anyway, and on sm_120 it spills.
-    # mma.sync spreads a group over four threads.
-    return Target(
-        capability, native=capability >= 100, permuted=capability < 100, whole=capability // 10 in (9, 10), processors=processors
-    )
+    return Target(capability, native=capability >= 100, permuted=capability // 10 != 10, processors=processors)
 
 
-INTERPRETER = Target(capability=0, native=False, permuted=True, whole=True, processors=1)
+INTERPRETER = Target(capability=0, native=False, permuted=True, processors=1)
 """CPU tensors: only Triton's interpreter accepts them."""
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quartet_compile.kernels.format import ROTATION, ceil_div, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_codes import (
+    CHUNK_ROWS,
     align_tiles,
     exact_codes,
     fast_codes,
@@ -22,14 +23,22 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, empty_packed, empty_swizzled, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
-from quartet_compile.kernels.triton_kernels.rotation import rotate, signed_hadamard
-from quartet_compile.kernels.triton_kernels.saved_values import UNIT, column_order, load_packed, shares, unpack
+from quartet_compile.kernels.triton_kernels.rotation import signed_hadamard
+from quartet_compile.kernels.triton_kernels.saved_values import (
+    COLUMNS,
+    UNIT,
+    column_order,
+    load_block,
+    rotate_transpose,
+    shares,
+    unpack_block,
+)
 
 
 @triton.jit(do_not_specialize=["index", "rank", "tiles", "count"])
 def saved_codes_kernel(
     saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row, tiles, count,
-    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Packed [length, columns], codes as int32 words -> [columns, ceil(length/128)*128], scales provisional bytes.
 
@@ -41,19 +50,19 @@ def saved_codes_kernel(
     seed = seed_of_rank(seeds, index, rank)
     matrix = signed_hadamard(seed, tl.bfloat16, PERMUTED)
     i = column_order(COLUMNS)
-    words, bytes_ = load_packed(saved_codes, saved_scales, first // strips, first % strips, length, groups_per_row, COLUMNS)
-    values = unpack(words, bytes_, COLUMNS)
+    packed = load_block(saved_codes, saved_scales, first // strips, first % strips, length, groups_per_row, COLUMNS)
+    halves = unpack_block(packed, COLUMNS)
     largest = tl.zeros((COLUMNS,), tl.int32)
     for tile in tl.range(first, tl.minimum(first + count, tiles), num_stages=1):
-        y = rotate(tl.trans(values), matrix, PERMUTED)
+        y = rotate_transpose(halves, matrix, PERMUTED)
         following = tile + 1
-        words, bytes_ = load_packed(saved_codes, saved_scales, following // strips, following % strips, length, groups_per_row, COLUMNS)
+        packed = load_block(saved_codes, saved_scales, following // strips, following % strips, length, groups_per_row, COLUMNS)
         block = tile // strips
         strip = tile % strips
-        front, back, s_bits, t_bits = fast_codes(y, seed, strip * COLUMNS + i, block, STREAM_SAVED, UNIT, NATIVE, WHOLE)
-        store_provisional(front, back, s_bits, codes, scales, exponents, tile, strip * COLUMNS, i, columns, block, blocks, WHOLE)
+        front, back, s_bits, t_bits = fast_codes(y, seed, strip * COLUMNS + i, block, STREAM_SAVED, UNIT, NATIVE)
+        store_provisional(front, back, s_bits, codes, scales, exponents, tile, strip * COLUMNS, i, columns, block, blocks)
         largest = tl.maximum(largest, tl.max(t_bits & 0x7FFFFFFF, 1))
-        values = unpack(words, bytes_, COLUMNS)
+        halves = unpack_block(packed, COLUMNS)
     store_peak(largest, peaks)
 
 
@@ -61,7 +70,7 @@ def saved_codes_kernel(
 def align_saved_kernel(
     saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row, tiles,
     swizzled, incoming, out_tensor_scale, programs,
-    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, WHOLE: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """Provisional scales -> E4M3, and the tensor scale. A program does TILES tiles. SWIZZLED: as in `align_gradient_kernel`."""
     bits = largest_peak(peaks, programs)
@@ -70,33 +79,35 @@ def align_saved_kernel(
     strips = tl.cdiv(columns, COLUMNS)
     blocks = tl.cdiv(length, 128)
     tile = first + tl.arange(0, TILES)
-    i = column_order(COLUMNS)
     marked = align_tiles(
-        scales, swizzled, exponents, bits, tile % strips * COLUMNS, i, columns, tile // strips, blocks, first, tiles, SWIZZLED
-    )
+        scales, swizzled, exponents, bits, tile % strips * COLUMNS, column_order(COLUMNS), columns, tile // strips, blocks, first, tiles,
+        SWIZZLED,
+    )  # fmt: skip
     if marked != 0:
         seed = seed_of_rank(seeds, index, rank)
         matrix = signed_hadamard(seed, tl.bfloat16, PERMUTED)
         for t in range(TILES):
             if (marked >> t) & 1:
-                block = (first + t) // strips
-                strip = (first + t) % strips
-                words, bytes_ = load_packed(saved_codes, saved_scales, block, strip, length, groups_per_row, COLUMNS)
-                y = rotate(tl.trans(unpack(words, bytes_, COLUMNS)), matrix, PERMUTED) * UNIT
-                front, back, e4m3 = exact_codes(y, bits, seed, strip * COLUMNS + i, block, STREAM_SAVED, NATIVE)
-                store_groups(front, back, e4m3, codes, scales, strip * COLUMNS, i, columns, block, blocks, WHOLE)
-                if SWIZZLED:
-                    column = strip * COLUMNS + i
-                    store_swizzled(e4m3, swizzled, column, block, blocks, column < columns)
+                tile_block, tile_strip = (first + t) // strips, (first + t) % strips
+                for k in range(COLUMNS // CHUNK_ROWS):
+                    strip = tile_strip * (COLUMNS // CHUNK_ROWS) + k
+                    packed = load_block(saved_codes, saved_scales, tile_block, strip, length, groups_per_row, CHUNK_ROWS)
+                    y = rotate_transpose(unpack_block(packed, CHUNK_ROWS), matrix, PERMUTED) * UNIT
+                    i = column_order(CHUNK_ROWS)
+                    column = strip * CHUNK_ROWS + i
+                    front, back, e4m3 = exact_codes(y, bits, seed, column, tile_block, STREAM_SAVED, NATIVE)
+                    store_groups(front, back, e4m3, codes, scales, strip * CHUNK_ROWS, i, columns, tile_block, blocks)
+                    if SWIZZLED:
+                        store_swizzled(e4m3, swizzled, column, tile_block, blocks, column < columns)
 
 
-def saved_tile(capability: int) -> tuple[int, int, dict[str, int]]:
-    """Columns of a tile, programs of `saved_codes_kernel` on a multiprocessor, and launch options: such as compile without spilling.
+OPTIONS = {"num_warps": 4}
+"""Launch options of `saved_codes_kernel`."""
 
-    As many programs are launched as fit at once: each makes the rotation once.
-    """
-    columns, resident = {9: (64, 2), 10: (64, 2), 12: (32, 2)}.get(capability // 10, (32, 3))
-    return columns, resident, {"num_warps": 4}
+
+def resident(capability: int) -> int:
+    """Programs of `saved_codes_kernel` that fit on a multiprocessor. As many are launched: each makes the rotation once."""
+    return 2 if capability // 10 == 10 else 3
 
 
 ALIGNED_TILES = 16
@@ -124,17 +135,16 @@ def requantize(
         g.copy_(tensor_scale)
         return out_codes, order, g
     target = target_of(codes)
-    tile_columns, resident, options = saved_tile(target.capability)
-    tiles = ceil_div(length, 128) * ceil_div(columns, tile_columns)
-    count, programs = shares(tiles, resident, target)
-    peaks, exponents = new_flags(codes, programs, tiles, tile_columns)
+    tiles = ceil_div(length, 128) * ceil_div(columns, COLUMNS)
+    count, programs = shares(tiles, resident(target.capability), target)
+    peaks, exponents = new_flags(codes, programs, tiles, COLUMNS)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), out_codes.view(torch.int32), out_scales.view(torch.uint8), exponents, peaks,
         seeds, index, rank, length, columns, groups_per_row, tiles,
     )  # fmt: skip
-    forms = {**target.forms(torch.bfloat16), "COLUMNS": tile_columns}
+    forms = {**target.forms(), "COLUMNS": COLUMNS}
     with on_device_of(codes):
-        launch(saved_codes_kernel, programs, *arguments, count, **forms, **options, **FUSED)
+        launch(saved_codes_kernel, programs, *arguments, count, **forms, **OPTIONS, **FUSED)
         launch(
             align_saved_kernel, ceil_div(tiles, ALIGNED_TILES), *arguments, order.view(torch.int32), tensor_scale, g, programs,
             **forms, TILES=ALIGNED_TILES, SWIZZLED=swizzled, **ALIGN_OPTIONS, **EXACT,

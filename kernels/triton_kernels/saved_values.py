@@ -18,6 +18,7 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     AGAIN,
     CHECKED_CHUNKS,
     CHUNK_ROWS,
+    checks_of,
     chunks_below,
     exact_values,
     exponent_limit,
@@ -81,20 +82,20 @@ def _unpack_word(word, scale):
 
 @triton.jit
 def unpack(words, scales, COLUMNS: tl.constexpr):
-    """words [128, COLUMNS/8], E4M3 bytes [128, COLUMNS/16] -> bfloat16 [128, COLUMNS], the columns of every eight reordered."""
-    scale = tl.broadcast_to(scales.to(tl.int32)[:, :, None], (128, COLUMNS // 16, 2)).reshape(128, COLUMNS // 8)
+    """words [64, COLUMNS/8], E4M3 bytes [64, COLUMNS/16] -> bfloat16 [64, COLUMNS], the columns of every eight reordered."""
+    scale = tl.broadcast_to(scales.to(tl.int32)[:, :, None], (64, COLUMNS // 16, 2)).reshape(64, COLUMNS // 8)
     a, b, c, d, e, f, g, h = _unpack_word(words, scale)
-    return tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))).reshape(128, COLUMNS)
+    return tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))).reshape(64, COLUMNS)
 
 
 @triton.jit
-def load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS: tl.constexpr):
-    """Rows 128 * block and following, columns COLUMNS * strip and following, as 32-bit words of codes and E4M3 bytes; zeros outside."""
-    i = tl.arange(0, 128)
+def load_packed(codes, scales, first_row, strip, length, groups_per_row, COLUMNS: tl.constexpr):
+    """64 rows from first_row on, columns COLUMNS * strip and following, as 32-bit words of codes and E4M3 bytes; zeros outside."""
+    i = tl.arange(0, 64)
     word = tl.arange(0, COLUMNS // 8)
     group = tl.arange(0, COLUMNS // 16)
-    start = (block * 128).to(tl.int64) * groups_per_row
-    present = (block * 128 + i < length)[:, None]
+    start = first_row.to(tl.int64) * groups_per_row
+    present = (first_row + i < length)[:, None]
     first = strip * (COLUMNS // 16)
     words = tl.load(
         codes + (start + first) * 2 + i[:, None] * (groups_per_row * 2) + word[None, :],
@@ -105,6 +106,26 @@ def load_packed(codes, scales, block, strip, length, groups_per_row, COLUMNS: tl
         mask=present & (first + group < groups_per_row)[None, :], other=0,
     )  # fmt: skip
     return words, bytes_
+
+
+@triton.jit
+def load_block(codes, scales, block, strip, length, groups_per_row, COLUMNS: tl.constexpr):
+    """Both halves of the 128 rows of `block`, each as `load_packed` has it."""
+    front = load_packed(codes, scales, block * 128, strip, length, groups_per_row, COLUMNS)
+    back = load_packed(codes, scales, block * 128 + 64, strip, length, groups_per_row, COLUMNS)
+    return front, back
+
+
+@triton.jit
+def unpack_block(block, COLUMNS: tl.constexpr):
+    """A `load_block` -> its halves, as `unpack` has them."""
+    return unpack(block[0][0], block[0][1], COLUMNS), unpack(block[1][0], block[1][1], COLUMNS)
+
+
+@triton.jit
+def rotate_transpose(halves, rotation, PERMUTED: tl.constexpr):
+    """An `unpack_block`, transposed and rotated: float32 [COLUMNS, 8, 16], divided by `UNIT`."""
+    return rotate((tl.trans(halves[0]), tl.trans(halves[1])), rotation, PERMUTED)
 
 
 @triton.jit
@@ -127,19 +148,19 @@ def saved_values_kernel(
     seed = seed_of_rank(seeds, index, rank)
     g = tl.load(incoming)
     i = column_order(COLUMNS)
-    words, bytes_ = load_packed(codes, scales, first // strips, first % strips, length, groups_per_row, COLUMNS)
-    values = unpack(words, bytes_, COLUMNS)
+    packed = load_block(codes, scales, first // strips, first % strips, length, groups_per_row, COLUMNS)
+    halves = unpack_block(packed, COLUMNS)
     largest = tl.zeros((COLUMNS, 8), tl.int32)
     for tile in tl.range(first, tl.minimum(first + count, tiles), num_stages=1):
-        rotated = rotate(tl.trans(values), matrix, True)
+        rotated = rotate_transpose(halves, matrix, True)
         following = tile + 1
-        words, bytes_ = load_packed(codes, scales, following // strips, following % strips, length, groups_per_row, COLUMNS)
+        packed = load_block(codes, scales, following // strips, following % strips, length, groups_per_row, COLUMNS)
         block, strip = tile // strips, tile % strips
         numbers, factor, bits, bits_or_infinity = fast_values(rotated, seed, strip * COLUMNS + i, block, g, STREAM_SAVED, UNIT)
         store_smallest(bits_or_infinity, exponents, tile)
         store_values(numbers, factor, out, strip * COLUMNS, i, columns, block, blocks)
         largest = tl.maximum(largest, bits)
-        values = unpack(words, bytes_, COLUMNS)
+        halves = unpack_block(packed, COLUMNS)
     store_peak(tl.max(largest, 1), program_peaks)
 
 
@@ -155,7 +176,7 @@ def saved_again_kernel(
     bits = largest_peak(program_peaks, programs)
     g = tl.load(incoming)
     limit = exponent_limit(bits, g)
-    for check in range(start, tl.cdiv(chunks, CHECKED_CHUNKS), tl.num_programs(0)):
+    for check in range(start, checks_of(chunks), tl.num_programs(0)):
         marked = chunks_below(smallest, limit)
         smallest = load_smallest(exponents, check + tl.num_programs(0), chunks)
         if marked != 0:
@@ -166,12 +187,12 @@ def saved_again_kernel(
             # Some versions of Triton spill what would be hoisted out of the loop.
             for c in tl.range(CHECKED_CHUNKS, disable_licm=True):
                 if (marked >> c) & 1:
-                    column = (check * CHECKED_CHUNKS + c) * CHUNK_ROWS
+                    column = (check + c * checks_of(chunks)) * CHUNK_ROWS
                     tile = column // COLUMNS
                     block = tile // strips
                     strip = tile % strips * (COLUMNS // CHUNK_ROWS) + column % COLUMNS // CHUNK_ROWS
-                    words, bytes_ = load_packed(codes, scales, block, strip, length, groups_per_row, CHUNK_ROWS)
-                    rotated = rotate(tl.trans(unpack(words, bytes_, CHUNK_ROWS)), matrix, True) * UNIT
+                    packed = load_block(codes, scales, block, strip, length, groups_per_row, CHUNK_ROWS)
+                    rotated = rotate_transpose(unpack_block(packed, CHUNK_ROWS), matrix, True) * UNIT
                     numbers, factor = exact_values(rotated, bits, seed, strip * CHUNK_ROWS + i, block, g, STREAM_SAVED)
                     store_values(numbers, factor, out, strip * CHUNK_ROWS, i, columns, block, tl.cdiv(length, 128))
 
@@ -180,12 +201,11 @@ OPTIONS = {"num_warps": 4}
 """Launch options of `saved_values_kernel`."""
 
 
-def saved_tile(capability: int) -> tuple[int, int]:
-    """Columns of a tile, such as compile without spilling, and programs of `saved_values_kernel` that fit on a multiprocessor.
+COLUMNS = 64
+"""Columns of a tile."""
 
-    So many programs are launched: each loads the rotation once.
-    """
-    return (32, 2) if capability // 10 == 8 else (64, 3)
+RESIDENT = 3
+"""Programs of `saved_values_kernel` that fit on a multiprocessor. So many are launched: each loads the rotation once."""
 
 
 def shares(tiles: int, resident: int, target: Target) -> tuple[int, int]:
@@ -206,15 +226,14 @@ def requantize_values(
     if out.numel() == 0:
         return out
     target = target_of(codes)
-    tile_columns, resident = saved_tile(target.capability)
-    tiles = ceil_div(length, 128) * ceil_div(columns, tile_columns)
-    count, programs = shares(tiles, resident, target)
-    program_peaks, exponents = new_flags(codes, programs, tiles, tile_columns)
+    tiles = ceil_div(length, 128) * ceil_div(columns, COLUMNS)
+    count, programs = shares(tiles, RESIDENT, target)
+    program_peaks, exponents = new_flags(codes, programs, tiles, COLUMNS)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), tensor_scale, rotations, out, program_peaks, exponents, seeds, index, rank,
         length, columns, groups_per_row, tiles,
     )  # fmt: skip
     with on_device_of(codes):
-        launch(saved_values_kernel, programs, *arguments, count, COLUMNS=tile_columns, **OPTIONS, **FUSED)
-        launch(saved_again_kernel, target.processors, *arguments, programs, COLUMNS=tile_columns, **AGAIN, **EXACT)
+        launch(saved_values_kernel, programs, *arguments, count, COLUMNS=COLUMNS, **OPTIONS, **FUSED)
+        launch(saved_again_kernel, target.processors, *arguments, programs, COLUMNS=COLUMNS, **AGAIN, **EXACT)
     return out
