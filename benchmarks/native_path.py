@@ -53,11 +53,14 @@ def _columns(constants: Constants) -> int:
     return constants["COLUMNS"] * 128
 
 
-def _aligned(sides: Callable[[Constants], int]) -> Callable[[Constants], int]:
-    return lambda constants: constants["TILES"] * sides(constants)
+def _aligned(constants: Constants) -> int:
+    return 128 * 128 * eden_codes.ALIGNED_BLOCKS.value
 
 
-REPAIR = (eden_codes.exact_codes, rotation.rotate, rotation.signed_hadamard, saved_values.load_block, gradient_tiles.load_halves)
+REPAIR = (
+    eden_codes._align_any, eden_codes.exact_codes, rotation.rotate, rotation.signed_hadamard, saved_values.load_block,
+    gradient_tiles.load_halves,
+)  # fmt: skip
 """What an aligning launch does with tiles whose scales may be subnormal numbers."""
 
 GRADIENT = Pass("gradient", _rows, BF16 + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
@@ -65,9 +68,9 @@ TRANSPOSED = Pass("gradient_transposed", _rows, CODE + PROVISIONAL, ROTATION_FLO
 """One launch for both orientations: what is read for the one is in the L2 cache for the other, by design (`gradient_tiles`)."""
 
 SAVED = Pass("saved", _columns, CODE + SCALE + CODE + PROVISIONAL, ROTATION_FLOPS, programs=2)
-ALIGN = Pass("align_gradient", _aligned(_rows), PROVISIONAL + SCALE, rare=REPAIR)
-ALIGN_TRANSPOSED = Pass("align_gradient_transposed", _aligned(_rows), PROVISIONAL + SCALE, rare=REPAIR)
-ALIGN_SAVED = Pass("align_saved", _aligned(_columns), PROVISIONAL + SCALE, rare=REPAIR)
+ALIGN = Pass("align_gradient", _aligned, PROVISIONAL + SCALE, rare=REPAIR)
+ALIGN_TRANSPOSED = Pass("align_gradient_transposed", _aligned, PROVISIONAL + SCALE, rare=REPAIR)
+ALIGN_SAVED = Pass("align_saved", _aligned, PROVISIONAL + SCALE, rare=REPAIR)
 SWIZZLE = Pass("swizzle", None, 2 * SCALE)
 """The scales of forward operands in the order that tensor cores read (`passes.native`): pointwise code by Inductor."""
 

@@ -92,17 +92,21 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
     packed = {"codes": "*i32", "scales": "*u8", "exponents": "*u8", "peaks": "*i32"}
     saved = {
         **packed, "saved_codes": "*i32", "saved_scales": "*u8", "seeds": "*i64", "index": "i32", "rank": "i32",
-        "length": "i32!", "columns": "i32!", "groups_per_row": "i32!", "tiles": "i32",
+        "length": "i32!", "columns": "i32!", "groups_per_row": "i32!",
     }  # fmt: skip
     saved_forms = {**forms, "COLUMNS": saved_values.COLUMNS}
     found = {
         "saved": Case(
-            saved_codes.saved_codes_kernel, {**saved, "count": "i32"}, saved_forms, {**saved_codes.OPTIONS, **FUSED}, exact=False
+            saved_codes.saved_codes_kernel,
+            {**saved, "tiles": "i32", "count": "i32"},
+            saved_forms,
+            {**saved_codes.OPTIONS, **FUSED},
+            exact=False,
         ),
         "align_saved": Case(
             saved_codes.align_saved_kernel,
             {**saved, "swizzled": "*i32", "incoming": "*fp32", "out_tensor_scale": "*fp32", "programs": "i32"},
-            {**saved_forms, "TILES": saved_codes.ALIGNED_TILES, "SWIZZLED": target.native},
+            {**saved_forms, "SWIZZLED": target.native},
             saved_codes.ALIGN_OPTIONS,
         ),
     }
@@ -114,23 +118,19 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
     aligned = {
         **packed, "swizzled": "*i32", "operand": f"*{dtype}", "rotations": "*bf16", "out_tensor_scale": "*fp32",
         "seeds": "*i64", "index": "i32", "rank": "i32",
-        "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "column_stride": "i32!", "tiles": "i32", "programs": "i32",
+        "rows": "i32!", "columns": "i32!", "row_stride": "i32!", "column_stride": "i32!", "programs": "i32",
     }  # fmt: skip
     tile = gradient_codes.tile_for(capability, TORCH_DTYPES[dtype])
-    of_tile = {**forms, "HEIGHT": tile.height}
     for name, row, column in (("", True, False), ("_transposed", False, True), ("_both", True, True)):
-        sides = {**of_tile, "column_stride": 1, "ROW": row, "COLUMN": column, "STAGES": tile.stages}
+        sides = {**forms, "column_stride": 1, "ROW": row, "COLUMN": column, "HEIGHT": tile.height, "STAGES": tile.stages}
         found[f"gradient{name}"] = Case(gradient_codes.gradient_codes_kernel, gradient, sides, {**tile.options, **FUSED}, exact=False)
         if row and column:
             continue  # aligned one after the other
         stride = "column_stride" if row else "row_stride"
-        constants = {
-            **of_tile, stride: 1, "TURNED": column, "TILES": gradient_codes.aligned_tiles(tile.height), "SWIZZLED": target.native
-        }  # fmt: skip
         found[f"align_gradient{name}"] = Case(
             gradient_codes.align_gradient_kernel,
             {name: kind for name, kind in aligned.items() if name != stride},
-            constants,
+            {**forms, stride: 1, "TURNED": column, "SWIZZLED": target.native},
             gradient_codes.ALIGN_OPTIONS,
         )
     return found
@@ -138,7 +138,8 @@ def backward_cases(capability: int, dtype: str) -> dict[str, Case]:
 
 def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
     """Both passes of `forward`; with values, and values alone, where no FP4 tensor cores are, as they are used."""
-    native = target_for(capability, processors=1).native
+    target = target_for(capability, processors=1)
+    native, early = target.native, target.early
     packed = {"codes": "*u8", "scales": "*u8", "values": "*i16", "peaks": "*i32", "groups": "i32!"}
     matrix = {**packed, "x": f"*{dtype}", "columns": "i32!", "groups_per_row": "i32!"}
     second = {**matrix, "out_tensor_scale": "*fp32"}
@@ -146,7 +147,7 @@ def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
     ragged = {"columns": "i32"}
     found = {}
     for suffix, codes, values in (("", True, False), ("_and_values", True, True), ("_values", False, True)):
-        forms = {"FOUR": True, "CODES": codes, "VALUES": values}
+        forms = {"FOUR": True, "CODES": codes, "VALUES": values, "EARLY": early}
         of_any = {**forms, "NATIVE": native, "BLOCK": forward.BLOCK}
         constants = {"CEILING": 256.0, "REPAIRED": forward.REPAIRED, "CHUNK": forward.CHUNK, "WIDTH": forward.WIDTH}
         found |= {

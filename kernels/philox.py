@@ -1,7 +1,10 @@
 """Random numbers of the backward pass: Philox4x32-10, counted by position, so that every device draws the same.
 
-The key is a 64-bit seed; the counter is ``(group, row, stream, 0)`` of the operand as the model sees it, before any padding. A number
+The key is a 64-bit seed; the counter tells the place in the operand as the model sees it, before any padding, and the stream. A number
 therefore depends on where it is used and on nothing else: not on the tile shape of a kernel, the number of threads or the device.
+
+A call gives four words. They are the draws of four groups: groups k and k + 4 of a block of eight (128 elements), at rows r and r + 8 of a
+block of sixteen. Those are the groups that one thread holds behind a tensor core of any GPU before sm_100: it makes one call for four.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), with its constants.
 """
@@ -38,9 +41,9 @@ def _mulhilo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _M32, product & _M32
 
 
-def philox(seed: int, group: Tensor, row: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words at counter ``(group, row, stream, 0)``, as int64 tensors of the broadcast shape of `group` and `row`."""
-    c0, c1 = torch.broadcast_tensors(group.long(), row.long())
+def philox(seed: int, c0: Tensor, c1: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words at counter ``(c0, c1, stream, 0)``, as int64 tensors of the broadcast shape of `c0` and `c1`."""
+    c0, c1 = torch.broadcast_tensors(c0.long(), c1.long())
     c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
     k0, k1 = seed & _M32, (seed >> 32) & _M32
     for _ in range(ROUNDS):
@@ -55,8 +58,9 @@ def uniforms(seed: int, rows: int, groups: int, stream: int, device: torch.devic
     """One number in [0, 1) for each group: float32 [rows, groups], multiples of 2^-24."""
     row = torch.arange(rows, device=device).unsqueeze(1)
     group = torch.arange(groups, device=device).unsqueeze(0)
-    word = philox(seed, group, row, stream)[0]
-    return (word >> 8).float() * 2.0**-24
+    words = torch.stack(philox(seed, group // 8 * 4 + group % 4, row & ~8, stream))
+    mine = (row // 8 % 2) * 2 + group // 4 % 2
+    return (words.gather(0, mine.unsqueeze(0))[0] >> 8).float() * 2.0**-24
 
 
 def rotation_signs(seed: int, device: torch.device | str = "cpu") -> Tensor:

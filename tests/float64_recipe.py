@@ -47,14 +47,21 @@ def four_over_six(x: np.ndarray) -> np.ndarray:
     return (np.sign(groups) * best).reshape(x.shape[0], -1)
 
 
-def philox(seed: int, group: int, row: int, stream: int) -> list[int]:
-    """Philox4x32-10 at counter (group, row, stream, 0)."""
-    c, k = [group, row, stream, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+def philox(seed: int, c0: int, c1: int, stream: int) -> list[int]:
+    """Philox4x32-10 at counter (c0, c1, stream, 0)."""
+    c, k = [c0, c1, stream, 0], [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     for _ in range(10):
         p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
         c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & 0xFFFFFFFF, (p0 >> 32) ^ c[3] ^ k[1], p0 & 0xFFFFFFFF]
         k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return c
+
+
+def uniform(seed: int, group: int, row: int, stream: int) -> float:
+    """The draw of a group: a call is for groups k, k + 4 of eight at rows r, r + 8 of sixteen, first (r, k), then (r, k + 4)."""
+    (eight, k), (sixteen, r) = divmod(group, 8), divmod(row, 16)
+    words = philox(seed, 4 * eight + k % 4, 16 * sixteen + r % 8, stream)
+    return (words[2 * (r // 8) + k // 4] >> 8) * 2.0**-24
 
 
 def hadamard(d: int) -> np.ndarray:
@@ -82,7 +89,7 @@ def ms_eden(x: np.ndarray, seed: int, stream: int) -> np.ndarray:
     numerator, denominator = (v * v).sum(-1), (v * c).sum(-1)
     t = m * np.where(denominator == 0, 1, numerator / np.where(denominator == 0, 1, denominator))
     g = power_of_two(t.max() / 256)
-    u = np.array([[(philox(seed, k, r, stream)[0] >> 8) * 2.0**-24 for k in range(t.shape[1])] for r in range(t.shape[0])])
+    u = np.array([[uniform(seed, k, r, stream) for k in range(t.shape[1])] for r in range(t.shape[0])])
     lo = np.searchsorted(E4M3, t / g, side="right") - 1
     low, high = E4M3[lo], E4M3[np.minimum(lo + 1, len(E4M3) - 1)]
     s = np.where(u < (t / g - low) / np.where(high > low, high - low, 1), high, low)

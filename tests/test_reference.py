@@ -85,6 +85,13 @@ def test_philox_equals_an_implementation_on_python_integers() -> None:
         assert [int(w) for w in ours] == independent.philox(seed, group, row, stream)
 
 
+def test_the_draws_of_groups_are_those_of_the_independent_recipe() -> None:
+    draws = philox.uniforms(77, 40, 24, philox.STREAM_GRADIENT)
+    expected = [[independent.uniform(77, group, row, 1) for group in range(24)] for row in range(40)]
+    assert torch.equal(draws, torch.tensor(expected))
+    assert draws.unique().numel() == draws.numel()
+
+
 def test_ranks_draw_different_numbers_and_rank_zero_keeps_the_seed() -> None:
     assert philox.seed_for_rank(7, 0) == 7
     assert philox.seed_for_rank(-1, 0) == 2**64 - 1

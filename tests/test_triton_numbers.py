@@ -63,7 +63,7 @@ def _random_kernel(seeds, index, rank, out, signs, FIRST: tl.constexpr, ROWS: tl
     seed = random.seed_of_rank(seeds, index, rank)
     row = tl.arange(0, ROWS)
     at = row[:, None] * 8 + tl.arange(0, 8)[None, :]
-    tl.store(out + at, random.uniforms_of_groups(seed, FIRST + row, BLOCK, random.STREAM_SAVED))
+    tl.store(out + at, random.uniforms_of_groups(seed, FIRST, row, BLOCK, random.STREAM_SAVED))
     j = tl.arange(0, 128)
     tl.store(signs + j, random.rotation_sign_bits(seed, j))
 
@@ -72,8 +72,8 @@ def _random_kernel(seeds, index, rank, out, signs, FIRST: tl.constexpr, ROWS: tl
 @pytest.mark.parametrize("index", range(len(SEEDS)))
 @pytest.mark.parametrize("rank", [0, 1, 7])
 def test_random_numbers(device, index, rank):
-    out, signs = torch.empty(16, 8, device=device), torch.empty(128, dtype=torch.int32, device=device)
-    _random_kernel[(1,)](seeds_on(device), index, rank, out, signs, 100, 16, 2)
+    out, signs = torch.empty(32, 8, device=device), torch.empty(128, dtype=torch.int32, device=device)
+    _random_kernel[(1,)](seeds_on(device), index, rank, out, signs, 96, 32, 2)
     seed = philox.seed_for_rank(SEEDS[index], rank)
-    assert torch.equal(out.cpu(), philox.uniforms(seed, 116, 24, philox.STREAM_SAVED)[100:, 16:])
+    assert torch.equal(out.cpu(), philox.uniforms(seed, 128, 24, philox.STREAM_SAVED)[96:, 16:])
     assert torch.equal(1.0 - 2.0 * signs.cpu().float(), philox.rotation_signs(seed))

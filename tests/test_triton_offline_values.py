@@ -14,12 +14,13 @@ from test_triton_offline import pytestmark  # noqa: F401
 
 from quartet_compile.kernels.triton_kernels import gradient_tiles, gradient_values, rotation, saved_values
 from quartet_compile.kernels.triton_kernels.eden_values import AGAIN
-from quartet_compile.kernels.triton_kernels.launch import FUSED
+from quartet_compile.kernels.triton_kernels.launch import FUSED, target_for
 
 CAPABILITIES = (80, 89, 90)
 """GPUs without FP4 tensor cores."""
 
 def cases(capability: int, dtype: str) -> dict[str, Case]:
+    early = target_for(capability, processors=1).early
     gradient = {
         "x": f"*{dtype}", "rotations": "*bf16", "row_out": "*bf16", "column_out": "*bf16", "peaks": "*i32", "exponents": "*u8",
         "seeds": "*i64", "row_index": "i32", "column_index": "i32", "rank": "i32", "scale": "fp32",
@@ -35,19 +36,19 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
         "saved_values": Case(
             saved_values.saved_values_kernel,
             {**saved, "count": "i32"},
-            {"COLUMNS": saved_values.COLUMNS},
+            {"COLUMNS": saved_values.COLUMNS, "EARLY": early},
             {**saved_values.OPTIONS, **FUSED},
         ),
         "saved_again": Case(
             saved_values.saved_again_kernel,
             {**saved, "programs": "i32"},
-            {"COLUMNS": saved_values.COLUMNS},
+            {"COLUMNS": saved_values.COLUMNS, "EARLY": early},
             AGAIN,
         ),
     }
     for name, row, column in (("row", True, False), ("column", False, True), ("both", True, True)):
         tile = gradient_tiles.tile_for(capability, TORCH_DTYPES[dtype])
-        forms = {"column_stride": 1, "ROW": row, "COLUMN": column, "HEIGHT": tile.height}
+        forms = {"column_stride": 1, "ROW": row, "COLUMN": column, "HEIGHT": tile.height, "EARLY": early}
         found[f"gradient_{name}"] = Case(
             gradient_values.gradient_values_kernel, gradient, {**forms, "STAGES": tile.stages}, {**tile.options, **FUSED}
         )

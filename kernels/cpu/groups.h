@@ -87,8 +87,8 @@ inline void decode_group(const uint8_t* codes, float scale, float factor, float*
 
 // ---------------------------------------------------------------- random numbers (philox.py)
 
-inline void philox(uint64_t seed, uint32_t group, uint32_t row, uint32_t stream, uint32_t word[4]) {
-    uint32_t c0 = group, c1 = row, c2 = stream, c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+inline void philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t stream, uint32_t word[4]) {
+    uint32_t c2 = stream, c3 = 0, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; round++) {
         const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
         c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;

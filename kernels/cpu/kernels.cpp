@@ -200,15 +200,19 @@ void ms_eden(const Matrix& x, uint64_t seed, uint32_t stream, uint8_t* codes, ui
     const float inverse_g = 1.0f / *g;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < x.rows; row++)
-        for (int64_t group = 0; group < groups; group++) {
-            const float c = t[row * groups + group] * inverse_g;  // at most 256
+        for (int64_t call = 0; call < groups / 2; call++) {  // its words are for groups k and k + 4 of eight, at rows r and r + 8
             uint32_t word[4];
-            philox(seed, uint32_t(group), uint32_t(row), stream, word);
-            int32_t exponent = int32_t(bits(c) >> 23) - 127;
-            exponent = exponent < -6 ? -6 : exponent;
-            const float k = c * from_bits(uint32_t(3 - exponent + 127) << 23), u = float(int32_t(word[0] >> 8)) * 0x1p-24f;
-            const int32_t n = int32_t(k);
-            scales[row * groups + group] = uint8_t((exponent + 6) * 8 + n + (u < k - float(n)));
+            philox(seed, uint32_t(call), uint32_t(row & ~int64_t(8)), stream, word);
+            for (int64_t half = 0; half < 2; half++) {
+                const int64_t group = call / 4 * 8 + call % 4 + 4 * half;
+                const float c = t[row * groups + group] * inverse_g;  // at most 256
+                int32_t exponent = int32_t(bits(c) >> 23) - 127;
+                exponent = exponent < -6 ? -6 : exponent;
+                const float k = c * from_bits(uint32_t(3 - exponent + 127) << 23);
+                const float u = float(int32_t(word[row / 8 % 2 * 2 + half] >> 8)) * 0x1p-24f;
+                const int32_t n = int32_t(k);
+                scales[row * groups + group] = uint8_t((exponent + 6) * 8 + n + (u < k - float(n)));
+            }
         }
 }
 

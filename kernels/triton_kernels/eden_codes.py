@@ -3,9 +3,9 @@
 `ms_eden` rounds a group's scale t to ``E4M3_stochastic(t / g)`` once g, a power of two, is known. As long as t / g is no subnormal E4M3
 number, g moves the exponent alone: `fast_codes` rounds codes and the mantissa of t in the pass that reads the data. Of each scale,
 `store_provisional` writes a byte, with the exponent relative to the largest in a row of a tile, eight groups, and a byte with that exponent
-for each row. The second launch, which knows g, has `align_tiles` read these 1.125 bytes a group and write E4M3. With `exact_codes` it makes
-those tiles again, by the reference's steps, that hold a subnormal scale or numbers near the ends of float32, and all of them where a number
-is not finite.
+for each row. The second launch, which knows g, has `align_blocks` read these 1.125 bytes a group and write E4M3. With `exact_codes` it
+makes those blocks again, by the reference's steps, that hold a subnormal scale or numbers near the ends of float32, and all of them where
+a number is not finite.
 
 The fast path multiplies by reciprocals where `ms_eden` divides, which moves codes and scales at near-ties only, as often as the order of
 the rotation's additions does.
@@ -14,7 +14,16 @@ the rotation's additions does.
 import triton
 import triton.language as tl
 
-from quartet_compile.kernels.triton_kernels.ms_eden import fast_scale, peaks_of, round_rotated, scale_of
+from quartet_compile.kernels.format import ceil_div
+from quartet_compile.kernels.triton_kernels.ms_eden import (
+    INFINITY_BITS,
+    SMALLEST_TENSOR_SCALE,
+    exponent_limit,
+    fast_scale,
+    peaks_of,
+    round_rotated,
+    scale_of,
+)
 from quartet_compile.kernels.triton_kernels.numbers import (
     INTERPRET,
     bits_of,
@@ -24,7 +33,6 @@ from quartet_compile.kernels.triton_kernels.numbers import (
 from quartet_compile.kernels.triton_kernels.random import uniforms_of_groups
 from quartet_compile.kernels.triton_kernels.words import SIGNS, pack_codes, upper_halves
 
-_SMALLEST_TENSOR_SCALE = tl.constexpr(2.0**-100)
 _SMALLEST_SCALE = tl.constexpr(9)
 """E4M3 byte behind that of 2^-6, the smallest normal number, to which a subnormal one may have been rounded up."""
 
@@ -113,25 +121,26 @@ def _words_of_bytes(byte):
 
 
 @triton.jit
-def fast_codes(y, seed, row, block, STREAM: tl.constexpr, UNIT: tl.constexpr, NATIVE: tl.constexpr):
-    """Rotated groups y [n, 8, 16] of rows `row` [n] -> their codes, eight to an int32, twice [n, 8]; bits of their scales and of t, [n, 8].
+def fast_codes(y, seed, first_row, i, block, STREAM: tl.constexpr, UNIT: tl.constexpr, NATIVE: tl.constexpr):
+    """Rotated groups y [n, 8, 16] of rows first_row + i [n] -> their codes, eight to an int32, twice; bits of scales; t as bits: [n, 8].
 
-    The groups are y * UNIT, a power of two.
+    t twice: the second time zeros are infinite. The groups are y * UNIT, a power of two.
     """
     peak, safe, factor = peaks_of(y)
     front, back, numerator, denominator = _round(y, factor, NATIVE)
-    t_bits, s_bits = fast_scale(peak, safe, numerator, denominator, seed, row, block, STREAM, UNIT)
+    t_bits, s_bits = fast_scale(peak, safe, numerator, denominator, seed, first_row, i, block, STREAM, UNIT)
     some = peak > 0  # whatever sign the tensor cores give to a sum of zeros
-    return tl.where(some, front, 0), tl.where(some, back, 0), tl.where(some, s_bits, 0), t_bits
+    least = tl.where(some, t_bits, INFINITY_BITS)
+    return tl.where(some, front, 0), tl.where(some, back, 0), tl.where(some, s_bits, 0), t_bits & 0x7FFFFFFF, least
 
 
 @triton.jit
-def exact_codes(y, peak_bits, seed, row, block, STREAM: tl.constexpr, NATIVE: tl.constexpr):
+def exact_codes(y, peak_bits, seed, first_row, i, block, STREAM: tl.constexpr, NATIVE: tl.constexpr):
     """As `fast_codes`, once the bits of the largest t of all are known: codes, and E4M3 bytes int32 [n, 8], by the reference's steps."""
     n: tl.constexpr = y.shape[0]
     g, finite = scale_of(peak_bits)
     byte, t = round_rotated(y, NATIVE)
-    e4m3 = e4m3_stochastic(tl.where(finite, t * tl.div_rn(1.0, g), 0.0), uniforms_of_groups(seed, row, block, STREAM))
+    e4m3 = e4m3_stochastic(tl.where(finite, t * tl.div_rn(1.0, g), 0.0), uniforms_of_groups(seed, first_row, i, block, STREAM))
     front, back = _words_of_bytes(byte.reshape(n, 8, 8))
     return tl.where(finite, front, 0), tl.where(finite, back, 0), tl.where(finite, e4m3, 0)
 
@@ -186,9 +195,16 @@ def store_provisional(front, back, s_bits, codes, scales, exponents, tile, first
     """
     n: tl.constexpr = front.shape[0]
     largest = tl.max(s_bits, 1) >> 23
-    bytes_ = tl.maximum((s_bits >> 20) - (largest * 8 - 248)[:, None], (s_bits != 0).to(tl.int32))
+    bytes_ = tl.where(s_bits != 0, tl.maximum((s_bits >> 20) - (largest * 8 - 248)[:, None], 1), 0)
     store_groups(front, back, bytes_, codes, scales, first_row, i, rows, block, blocks)
     tl.store(exponents + tile * n + tl.arange(0, n), largest.to(tl.uint8))
+
+
+@triton.jit
+def _words_of_scales(bytes_):
+    """Bytes in int32 [n, 8] -> int32 [n, 2], the first in the lowest bits."""
+    n: tl.constexpr = bytes_.shape[0]
+    return tl.sum(bytes_.reshape(n, 2, 4) << (tl.arange(0, 4) * 8)[None, None, :], 2)
 
 
 @triton.jit
@@ -197,45 +213,96 @@ def store_swizzled(bytes_, swizzled, row, block, blocks, present):
 
     swizzled: int32. Rows behind the end of the matrix are left as they are: they meet no element of a product that is kept.
     """
-    n: tl.constexpr = bytes_.shape[0]
-    words = tl.sum(bytes_.reshape(n, 2, 4) << (tl.arange(0, 4) * 8)[None, None, :], 2)
+    words = _words_of_scales(bytes_)
     first = ((row >> 7).to(tl.int64) * blocks + block) * 256 + ((row & 31) * 4 + ((row >> 5) & 3))
     tl.store(swizzled + first[:, None] + tl.arange(0, 2)[None, :] * 128, words, mask=present[:, None])
 
 
 # ---------------------------------------------------------------- aligning
 
+ALIGNED_BLOCKS = tl.constexpr(16)
+"""Blocks of 128 columns whose scales, of 128 rows, a program of a second launch aligns: 128 bytes of each row, a cache line."""
+
 
 @triton.jit
-def align_tiles(
-    scales, swizzled, exponents, peak_bits, first_row, i, rows, block, blocks, first_tile, tiles, SWIZZLED: tl.constexpr
+def align_blocks(
+    scales, swizzled, exponents, of_strip, of_block, order, peak_bits, least_exponent, strip, first_block, rows, blocks,
+    SWIZZLED: tl.constexpr,
 ):  # fmt: skip
-    """Provisional bytes of tiles, 32 at most -> E4M3, in place or SWIZZLED. Returns a mask of the tiles to be made again, left as they are.
+    """Provisional bytes of 128 rows, the strip'th, and of ALIGNED_BLOCKS blocks -> E4M3, in place or SWIZZLED.
 
-    first_row, block [n]: where each tile is; first_row + i [m]: its rows.
+    The exponent of row i [128] in a block is at strip * of_strip + block * of_block + order. least_exponent: of the least t of all. Returns
+    a mask of the blocks to be made again, left as they are.
     """
-    tile = first_tile + tl.arange(0, block.shape[0])
-    start = scales + (first_row * tl.cast(blocks, tl.int64) + block)[:, None, None] * 8
-    at = start + i[None, :, None] * (blocks * 8) + tl.arange(0, 8)[None, None, :]
-    present = ((first_row[:, None] + i[None, :] < rows) & (tile < tiles)[:, None])[:, :, None]
-    provisional = tl.load(at, mask=present, other=0).to(tl.int32)
-    row_of_exponents = tile.to(tl.int64)[:, None] * i.shape[0] + tl.arange(0, i.shape[0])[None, :]
-    exponent = tl.load(exponents + row_of_exponents, mask=(tile < tiles)[:, None], other=0).to(tl.int32)
-    g, finite = scale_of(peak_bits)
-    byte = provisional + (exponent * 8 - 248 - ((bits_of(g) >> 23) - 7) * 8)[:, :, None]
-    small = ((provisional != 0) & (byte < _SMALLEST_SCALE)).to(tl.int32)
-    everything = ((g < _SMALLEST_TENSOR_SCALE) | (not finite)).to(tl.int32)
-    again = tl.where(tile < tiles, tl.max(small.reshape(block.shape[0], i.shape[0] * 8), 1) | everything, 0)
-    byte = tl.where(provisional == 0, 0, byte)
-    if SWIZZLED:
-        n: tl.constexpr = block.shape[0] * i.shape[0]
-        row = first_row[:, None] + i[None, :]
-        done = (row < rows) & ((tile < tiles) & (again == 0))[:, None]
-        of_block = block[:, None].broadcast_to(block.shape[0], i.shape[0])
-        store_swizzled(byte.reshape(n, 8), swizzled, row.reshape(n), of_block.reshape(n), blocks, done.reshape(n))
+    i = tl.arange(0, 128)
+    b = tl.arange(0, ALIGNED_BLOCKS)
+    block = first_block + b
+    present = (strip * 128 + i < rows)[:, None] & (block < blocks)[None, :]
+    of_blocks = exponents + strip * tl.cast(of_strip, tl.int64) + block.to(tl.int64)[None, :] * of_block
+    exponent = tl.load(of_blocks + order[:, None], mask=present, other=0).to(tl.int32)
+    g, _ = scale_of(peak_bits)
+    added = exponent * 8 - 248 - ((bits_of(g) >> 23) - 7) * 8
+    start = scales + (strip * tl.cast(blocks, tl.int64) * 128 + first_block) * 8
+    marked = 0
+    if least_exponent >= exponent_limit(peak_bits, 1.0):
+        _align_normal(start, swizzled, added, present, strip, block, blocks, SWIZZLED)
     else:
-        tl.store(at, byte.to(tl.uint8), mask=present & (again == 0)[:, None, None])
-    return tl.sum(again << tl.arange(0, block.shape[0]), 0)
+        again = _align_any(start, swizzled, added, present, strip, block, blocks, peak_bits, SWIZZLED)
+        marked = tl.sum(again << b, 0)
+    return marked
+
+
+@triton.jit
+def _align_normal(start, swizzled, added, present, strip, block, blocks, SWIZZLED: tl.constexpr):
+    """Where every scale is a normal number: four bytes at a time, added [128, n] to all of a word but zeros. Nothing carries."""
+    n: tl.constexpr = block.shape[0]
+    row = start.to(tl.pointer_type(tl.int32)) + tl.arange(0, 128)[:, None] * (blocks * 2)
+    at = row + tl.arange(0, 2 * n)[None, :]
+    mask = present[:, :, None].broadcast_to(128, n, 2).reshape(128, 2 * n)
+    word = tl.load(at, mask=mask, other=0)
+    nonzero = ((((word & 0x7F7F7F7F) + 0x7F7F7F7F) | word) >> 7) & 0x01010101
+    word += nonzero * added[:, :, None].broadcast_to(128, n, 2).reshape(128, 2 * n)
+    if SWIZZLED:
+        _store_swizzled_strip(word, swizzled, strip, block, blocks, present)
+    else:
+        tl.store(at, word, mask=mask)
+
+
+@triton.jit
+def _align_any(start, swizzled, added, present, strip, block, blocks, peak_bits, SWIZZLED: tl.constexpr):
+    """A byte at a time. Returns which blocks have to be made again, [n] of 0 and 1."""
+    n: tl.constexpr = block.shape[0]
+    # Bytes of a row are one dimension, so that neighbouring threads have neighbouring ones.
+    at = start + tl.arange(0, 128)[:, None] * (blocks * 8) + tl.arange(0, 8 * n)[None, :]
+    mask = present[:, :, None].broadcast_to(128, n, 8).reshape(128, 8 * n)
+    provisional = tl.load(at, mask=mask, other=0).to(tl.int32).reshape(128, n, 8)
+    byte = tl.where(provisional == 0, 0, provisional + added[:, :, None])
+    small = ((provisional != 0) & (byte < _SMALLEST_SCALE)).to(tl.int32)
+    g, finite = scale_of(peak_bits)
+    everything = ((g < SMALLEST_TENSOR_SCALE) | (not finite)).to(tl.int32)
+    again = tl.where(block < blocks, tl.max(tl.max(small, 2), 0) | everything, 0)
+    done = present & (again == 0)[None, :]
+    if SWIZZLED:
+        words = _words_of_scales(byte.reshape(128 * n, 8)).reshape(128, 2 * n)
+        _store_swizzled_strip(words, swizzled, strip, block, blocks, done)
+    else:
+        mask = done[:, :, None].broadcast_to(128, n, 8).reshape(128, 8 * n)
+        tl.store(at, byte.to(tl.uint8).reshape(128, 8 * n), mask=mask)
+    return again
+
+
+def aligning_programs(rows: int, columns: int) -> int:
+    """Programs of a second launch for an operand [rows, columns]."""
+    return ceil_div(rows, 128) * ceil_div(ceil_div(columns, 128), ALIGNED_BLOCKS.value)
+
+
+@triton.jit
+def _store_swizzled_strip(words, swizzled, strip, block, blocks, present):
+    """Words int32 [128, 2 n] of the scales of 128 rows and n blocks, as `store_swizzled` has them: a block is a kilobyte in a row."""
+    n: tl.constexpr = block.shape[0]
+    at = (strip * tl.cast(blocks, tl.int64) + block)[:, None, None, None] * 256 + tl.arange(0, 256).reshape(1, 2, 32, 4)
+    mask = present.reshape(4, 32, n).permute(2, 1, 0).reshape(n, 1, 32, 4).broadcast_to(n, 2, 32, 4)
+    tl.store(swizzled + at, words.reshape(4, 32, n, 2).permute(2, 3, 1, 0), mask=mask)
 
 
 @triton.jit

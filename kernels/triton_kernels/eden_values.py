@@ -2,8 +2,9 @@
 
 `ms_eden` rounds a group's scale t to ``E4M3_stochastic(t / g)`` once g, a power of two, is known. Dividing by g moves the exponent alone,
 so as long as t / g is no subnormal E4M3 number, the rounding of its mantissa, and with it the value ``code * scale * g``, needs no g:
-`fast_values` writes it in the pass that reads the data. It also keeps the smallest t of each row of a tile, and the largest of all.
-`exact_values` then makes those tiles again, exactly as `ms_eden` does, that hold a subnormal scale or numbers near the ends of float32.
+`fast_values` writes it in the pass that reads the data. It also keeps the smallest t of each row of a tile, and the smallest and the
+largest of each program. These tell a second launch whether there is anything left for it: `exact_values` makes those rows again, exactly as
+`ms_eden` does, that hold a subnormal scale or numbers near the ends of float32.
 
 The fast path multiplies by reciprocals where `ms_eden` divides, which moves codes and scales at near-ties only, as often as the order of
 the rotation's additions does.
@@ -12,10 +13,9 @@ the rotation's additions does.
 import triton
 import triton.language as tl
 
-from quartet_compile.kernels.triton_kernels.ms_eden import fast_scale, peaks_of, round_rotated, scale_of
+from quartet_compile.kernels.triton_kernels.ms_eden import INFINITY_BITS, fast_scale, peaks_of, round_rotated, scale_of
 from quartet_compile.kernels.triton_kernels.numbers import (
     INTERPRET,
-    bits_of,
     e2m1_nearest,
     e2m1_value,
     e4m3_stochastic,
@@ -25,13 +25,10 @@ from quartet_compile.kernels.triton_kernels.numbers import (
 )
 from quartet_compile.kernels.triton_kernels.random import uniforms_of_groups
 
-_SMALLEST_TENSOR_SCALE = tl.constexpr(2.0**-100)
-INFINITY_BITS = tl.constexpr(0x7F800000)
-
 
 @triton.jit
-def fast_values(y, seed, row, block, scale, STREAM: tl.constexpr, UNIT: tl.constexpr = 1.0):
-    """Rotated groups y [n, 8, 16] of rows `row` [n] -> codes' numbers [n, 8, 16] and factors [n, 8], whose products are the values.
+def fast_values(y, seed, first_row, i, block, scale, STREAM: tl.constexpr, UNIT: tl.constexpr = 1.0):
+    """Rotated groups y [n, 8, 16] of rows first_row + i [n] -> codes' numbers [n, 8, 16] and factors [n, 8], whose products are the values.
 
     And t [n, 8] as bits twice: the second time zeros are infinite. The groups are y * UNIT, a power of two; the values are multiplied by
     another one, `scale`.
@@ -39,17 +36,17 @@ def fast_values(y, seed, row, block, scale, STREAM: tl.constexpr, UNIT: tl.const
     peak, safe, factor = peaks_of(y)
     v = y * factor[:, :, None]
     q = e2m1_nearest(v)
-    t_bits, s_bits = fast_scale(peak, safe, tl.sum(v * v, 2), tl.sum(v * q, 2), seed, row, block, STREAM, UNIT)
+    t_bits, s_bits = fast_scale(peak, safe, tl.sum(v * v, 2), tl.sum(v * q, 2), seed, first_row, i, block, STREAM, UNIT)
     return q, from_bits(s_bits) * scale, t_bits & 0x7FFFFFFF, tl.where(peak > 0, t_bits, INFINITY_BITS)
 
 
 @triton.jit
-def exact_values(y, peak_bits, seed, row, block, scale, STREAM: tl.constexpr):
+def exact_values(y, peak_bits, seed, first_row, i, block, scale, STREAM: tl.constexpr):
     """Once the bits of the largest t of all are known: the values [n, 8, 16] of `ms_eden`, operation by operation, and factors of 1."""
     n: tl.constexpr = y.shape[0]
     g, finite = scale_of(peak_bits)
     byte, t = round_rotated(y, False)
-    s = e4m3_value(e4m3_stochastic(t * tl.div_rn(1.0, g), uniforms_of_groups(seed, row, block, STREAM)))
+    s = e4m3_value(e4m3_stochastic(t * tl.div_rn(1.0, g), uniforms_of_groups(seed, first_row, i, block, STREAM)))
     codes = tl.join(e2m1_value(byte & 15), e2m1_value(byte >> 4)).reshape(n, 8, 16)
     values = codes * s[:, :, None] * (g * scale)
     return tl.where(finite, values, float("nan")), tl.full((n, 8), 1.0, tl.float32)
@@ -68,18 +65,6 @@ AGAIN = {"num_warps": 8, "maxnreg": 248}
 
 
 @triton.jit
-def exponent_limit(peak_bits, incoming):
-    """Rows must be made again whose smallest t has a (biased) exponent below this: t / g is then no normal E4M3 number. 256 means all rows.
-
-    incoming: the power of two that the values carry besides g. The bound, 2^-6 * g, is a power of two: exponents decide.
-    """
-    g, finite = scale_of(peak_bits)
-    total = g * incoming
-    near_the_end = (g < _SMALLEST_TENSOR_SCALE) | (total < _SMALLEST_TENSOR_SCALE) | (finite == 0)
-    return tl.where(near_the_end, 256, (bits_of(g) >> 23) - 6)
-
-
-@triton.jit
 def checks_of(chunks):
     """How many sets of CHECKED_CHUNKS there are: an odd number.
 
@@ -90,17 +75,12 @@ def checks_of(chunks):
 
 
 @triton.jit
-def load_smallest(exponents, check, chunks):
-    """The check'th set of `exponents`, uint8 [chunks, CHUNK_ROWS], as int32; 256 behind the end."""
+def chunks_below(exponents, check, chunks, limit):
+    """Bit i, of 64: whether chunk i of the check'th set of `exponents`, uint8 [chunks, CHUNK_ROWS], has a row below the limit."""
     i = check + tl.arange(0, CHECKED_CHUNKS) * checks_of(chunks)
     at = i[:, None] * CHUNK_ROWS + tl.arange(0, CHUNK_ROWS)[None, :]
     present = i[:, None] < chunks
-    return tl.where(present, tl.load(exponents + at, mask=present, other=0).to(tl.int32), 256)
-
-
-@triton.jit
-def chunks_below(smallest, limit):
-    """Bit i, of 64: whether chunk i of `load_smallest` has a row below the limit."""
+    smallest = tl.where(present, tl.load(exponents + at, mask=present, other=0).to(tl.int32), 256)
     return tl.sum((tl.min(smallest, 1) < limit).to(tl.int64) << tl.arange(0, CHECKED_CHUNKS), 0)
 
 

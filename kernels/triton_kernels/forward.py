@@ -30,6 +30,7 @@ from quartet_compile.kernels.triton_kernels.forward_groups import load_groups, r
 from quartet_compile.kernels.triton_kernels.forward_words import origin_of, round_words_kernel
 from quartet_compile.kernels.triton_kernels.launch import EXACT, empty_packed, is_aligned, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.numbers import bits_of, tensor_scale
+from quartet_compile.kernels.triton_kernels.overlap import wait_for_first
 
 _E2M1_MAX = tl.constexpr(E2M1_MAX)
 _SMALLEST_G = tl.constexpr(2.0**-90)
@@ -43,6 +44,8 @@ WORDS_OPTIONS, ANY_OPTIONS, ALIGN_OPTIONS = {"num_warps": 4}, {"num_warps": 8, "
 """Launch options of both forms of the first pass and of the second one. Left alone, Triton 3.8 takes 64 registers and spills."""
 CHUNK = 8192
 """Groups that a program of the second pass looks at together."""
+ALIGNING = 2
+"""Programs of the second pass on a multiprocessor."""
 REPAIRED = 256
 """Groups that the second pass quantizes again if it must one of them: at most a block, at least 1/32 of a chunk."""
 WIDTH = 8192
@@ -75,13 +78,14 @@ def _load_chunk(scales, chunk, offset, groups, CHUNK: tl.constexpr):
 def align_scales_kernel(
     x, codes, scales, values, peaks, out_tensor_scale, groups, columns, groups_per_row,
     CEILING: tl.constexpr, FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr,
-    BLOCK: tl.constexpr, REPAIRED: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK: tl.constexpr, REPAIRED: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Provisional scales -> E4M3 in place, and the tensor scale; groups whose codes may depend on g are quantized again.
 
     Any number of programs, each reads all of `peaks`, WIDTH at a time. values: int16.
     """
     tl.static_assert(BLOCK % REPAIRED == 0)
+    wait_for_first(EARLY)
     row = tl.arange(0, CHUNK // REPAIRED)
     offset = row[:, None] * REPAIRED + tl.arange(0, REPAIRED)[None, :]
     start = tl.program_id(0)
@@ -138,7 +142,7 @@ def _quantize(x: Tensor, rule: str, with_codes: bool, with_values: bool) -> tupl
     in_words = x.dtype == torch.bfloat16 and columns % GROUP == 0 and is_aligned(x)
     blocks = ceil_div(groups, BLOCK)
     peaks = torch.empty(blocks, dtype=torch.int32, device=x.device)
-    forms = {"FOUR": rule == "four_over_six", "CODES": with_codes, "VALUES": with_values, "BLOCK": BLOCK}
+    forms = {"FOUR": rule == "four_over_six", "CODES": with_codes, "VALUES": with_values, "EARLY": target.early, "BLOCK": BLOCK}
     shape = (groups, columns, scales.shape[1])
     shape_forms = {"RAGGED": columns % GROUP != 0, "NATIVE": target.native}
     with on_device_of(x):
@@ -151,8 +155,10 @@ def _quantize(x: Tensor, rule: str, with_codes: bool, with_values: bool) -> tupl
             forms |= shape_forms
             launch(round_any_kernel, blocks, x, codes, raw_scales, raw_values, peaks, *shape, **forms, **ANY_OPTIONS, **EXACT)
         launch(
-            align_scales_kernel, min(ceil_div(groups, CHUNK), 2 * target.processors), x, codes, raw_scales, raw_values, peaks, g, *shape,
+            align_scales_kernel, min(ceil_div(groups, CHUNK), ALIGNING * target.processors),
+            x, codes, raw_scales, raw_values, peaks, g, *shape,
             CEILING=SCALE_CEILING[rule], REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH, **forms | shape_forms, **ALIGN_OPTIONS, **EXACT,
+            launch_pdl=target.early,
         )  # fmt: skip
     return codes, scales, g, values
 

@@ -21,6 +21,7 @@ from quartet_compile.kernels.triton_kernels.numbers import (
     magnitude_bits,
     to_float32,
 )
+from quartet_compile.kernels.triton_kernels.overlap import let_next_begin
 
 _E2M1_MAX = tl.constexpr(E2M1_MAX)
 
@@ -102,9 +103,11 @@ def store_codes_and_values(
 @triton.jit
 def round_any_kernel(
     x, codes, scales, values, peaks, groups, columns, groups_per_row,
-    FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, BLOCK: tl.constexpr,
+    FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """As `round_words_kernel`, with IEEE divisions in float32: contiguous x [M, columns] -> codes u8, values int16, the rest alike."""
+    let_next_begin(EARLY)
     first = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     numbers = load_groups(x, first, groups, columns, groups_per_row, RAGGED, BLOCK)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from quartet_compile.kernels.triton_kernels.forward_native import native_candidate, scaled_elements
 from quartet_compile.kernels.triton_kernels.numbers import FINITE, bits_of, from_bits, reciprocal
+from quartet_compile.kernels.triton_kernels.overlap import let_next_begin
 from quartet_compile.kernels.triton_kernels.words import (
     SIGNS,
     fma2,
@@ -87,13 +88,15 @@ def word_candidate(w, minus_s):
 @triton.jit
 def round_words_kernel(
     x, codes, scales, values, peaks, groups,
-    FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, NATIVE: tl.constexpr, XORSIGN: tl.constexpr, BLOCK: tl.constexpr,
+    FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr, XORSIGN: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x: words int32 [groups, 8] -> codes int32 [groups, 2] and values as words, provisional scales u8, magnitude bits of each block.
 
     CODES, VALUES: which of them are asked for; NATIVE: codes alone. A thread owns whole groups, nothing but the block's maximum crosses
     threads.
     """
+    let_next_begin(EARLY)
     # No masks: threads behind the end do the last group once more.
     first = tl.program_id(0) * BLOCK
     i = tl.minimum(tl.arange(0, BLOCK), groups - 1 - first)

@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quartet_compile.kernels.format import ROTATION, ceil_div, ceil_to
+from quartet_compile.kernels.format import ROTATION, ceil_to
 from quartet_compile.kernels.triton_kernels import gradient_tiles
 from quartet_compile.kernels.triton_kernels.eden_codes import (
+    ALIGNED_BLOCKS,
     CHUNK_ROWS,
-    align_tiles,
+    align_blocks,
+    aligning_programs,
     exact_codes,
     fast_codes,
     store_groups,
@@ -25,7 +27,7 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     store_swizzled,
     store_tensor_scale,
 )
-from quartet_compile.kernels.triton_kernels.gradient_tiles import Tile, load_halves, load_operand, place_of, walk
+from quartet_compile.kernels.triton_kernels.gradient_tiles import Tile, load_halves, load_operand, walk
 from quartet_compile.kernels.triton_kernels.launch import (
     EXACT,
     FUSED,
@@ -36,7 +38,8 @@ from quartet_compile.kernels.triton_kernels.launch import (
     on_device_of,
     target_of,
 )
-from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags
+from quartet_compile.kernels.triton_kernels.ms_eden import INFINITY_BITS, largest_peak, least_exponent, new_flags, store_extremes
+from quartet_compile.kernels.triton_kernels.overlap import let_next_begin, wait_for_first
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate, rotations, signed_hadamard
 
@@ -56,26 +59,30 @@ def _walk(
     seed = seed_of_rank(seeds, index, rank)
     rotation = _rotation(rotations, index, seed, x.dtype.element_ty, PERMUTED)
     i = tl.arange(0, HEIGHT)
-    largest = tl.zeros((HEIGHT,), tl.int32)
+    largest = tl.zeros((HEIGHT, 8), tl.int32)
+    least = tl.full((HEIGHT, 8), INFINITY_BITS, tl.int32)
     for tile in tl.range(first, tiles, step, num_stages=STAGES):
         halves, start, block, length, blocks = load_operand(x, tile, rows, columns, row_stride, column_stride, TURNED, HEIGHT)
         y = rotate(halves, rotation, PERMUTED)
-        front, back, s_bits, t_bits = fast_codes(y, anew(seed), start + i, block, STREAM_GRADIENT, 1.0, NATIVE)
+        front, back, s_bits, bits, bits_or_infinity = fast_codes(y, anew(seed), start, i, block, STREAM_GRADIENT, 1.0, NATIVE)
         store_provisional(front, back, s_bits, codes, scales, exponents, tile, start, i, length, block, blocks)
-        largest = tl.maximum(largest, tl.max(t_bits & 0x7FFFFFFF, 1))
-    tl.store(peaks + first, tl.max(largest, 0))
+        largest = tl.maximum(largest, bits)
+        least = tl.minimum(least, bits_or_infinity)
+    store_extremes(largest, least, peaks + first, peaks + step + first)
 
 
 @triton.jit(do_not_specialize=["row_index", "column_index", "rank", "tiles"])
 def gradient_codes_kernel(
     x, rotations, row_codes, row_scales, row_exponents, row_peaks, column_codes, column_scales, column_exponents, column_peaks, seeds,
     row_index, column_index, rank, rows, columns, row_stride, column_stride, tiles,
-    ROW: tl.constexpr, COLUMN: tl.constexpr, PERMUTED: tl.constexpr, NATIVE: tl.constexpr, HEIGHT: tl.constexpr, STAGES: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, PERMUTED: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr,
+    HEIGHT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """x [rows, columns] -> row_* [rows, ceil(columns/128)*128] and column_* [columns, ceil(rows/128)*128], whichever is asked for.
 
     Codes are int32 words, scales provisional bytes. An even number of programs where both are asked for.
     """
+    let_next_begin(EARLY)
     SIDES: tl.constexpr = 2 if ROW and COLUMN else 1
     first = tl.program_id(0) // SIDES
     step = tl.num_programs(0) // SIDES
@@ -91,52 +98,46 @@ def gradient_codes_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["index", "rank", "tiles"])
+@triton.jit(do_not_specialize=["index", "rank", "programs"])
 def align_gradient_kernel(
     operand, rotations, codes, scales, swizzled, exponents, peaks, out_tensor_scale, seeds, index, rank,
-    rows, columns, row_stride, column_stride, tiles, programs,
-    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, TURNED: tl.constexpr, HEIGHT: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
+    rows, columns, row_stride, column_stride, programs,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr, TURNED: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
-    """Provisional scales -> E4M3, and the tensor scale, of one orientation, operand [rows, columns]. A program does TILES tiles.
+    """Provisional scales -> E4M3, and the tensor scale, of one orientation, operand [rows, columns].
 
     SWIZZLED: into `swizzled`, int32, in the order of tensor cores; `scales` then is scratch. Otherwise in place.
     TURNED: the operand is the transpose of the gradient, whose tiles were counted.
     """
-    first = tl.program_id(0) * TILES
+    wait_for_first(EARLY)
     blocks = tl.cdiv(columns, 128)
     bits = largest_peak(peaks, programs)
     store_tensor_scale(bits, 1.0, out_tensor_scale)
-    of_row, of_block = _place_in_operand(first + tl.arange(0, TILES), rows, columns, TURNED, HEIGHT)
-    marked = align_tiles(scales, swizzled, exponents, bits, of_row, tl.arange(0, HEIGHT), rows, of_block, blocks, first, tiles, SWIZZLED)
+    runs = tl.cdiv(blocks, ALIGNED_BLOCKS)
+    strip, first_block = tl.program_id(0) // runs, tl.program_id(0) % runs * ALIGNED_BLOCKS
+    if TURNED:
+        of_strip, of_block = 128, tl.cdiv(rows, 128) * 128
+    else:
+        of_strip, of_block = blocks * 128, 128
+    marked = align_blocks(
+        scales, swizzled, exponents, of_strip, of_block, tl.arange(0, 128), bits, least_exponent(peaks + programs, programs),
+        strip, first_block, rows, blocks, SWIZZLED,
+    )  # fmt: skip
     if marked != 0:
         seed = seed_of_rank(seeds, index, rank)
         rotation = _rotation(rotations, index, seed, operand.dtype.element_ty, PERMUTED)
-        for t in range(TILES):
-            if (marked >> t) & 1:
-                start, block = _place_in_operand(first + t, rows, columns, TURNED, HEIGHT)
-                for c in range(HEIGHT // CHUNK_ROWS):
-                    chunk = start + c * CHUNK_ROWS
-                    i = tl.arange(0, CHUNK_ROWS)
+        i = tl.arange(0, CHUNK_ROWS)
+        for b in range(ALIGNED_BLOCKS):
+            if (marked >> b) & 1:
+                block = first_block + b
+                for c in range(128 // CHUNK_ROWS):
+                    chunk = strip * 128 + c * CHUNK_ROWS
                     halves = load_halves(operand, chunk, block * 128, rows, columns, row_stride, column_stride, CHUNK_ROWS)
                     y = rotate(halves, rotation, PERMUTED)
-                    front, back, e4m3 = exact_codes(y, bits, seed, chunk + i, block, STREAM_GRADIENT, NATIVE)
+                    front, back, e4m3 = exact_codes(y, bits, seed, chunk, i, block, STREAM_GRADIENT, NATIVE)
                     store_groups(front, back, e4m3, codes, scales, chunk, i, rows, block, blocks)
                     if SWIZZLED:
                         store_swizzled(e4m3, swizzled, chunk + i, block, blocks, chunk + i < rows)
-
-
-@triton.jit
-def _place_in_operand(tile, rows, columns, TURNED: tl.constexpr, HEIGHT: tl.constexpr):
-    """The first row and the block of 128 columns of a tile of an operand [rows, columns], or of several tiles."""
-    down, right, part = place_of(tile, rows if TURNED else columns, HEIGHT)
-    if TURNED:
-        down, right = right, down
-    return down * 128 + part * HEIGHT, right
-
-
-def aligned_tiles(height: int) -> int:
-    """Tiles whose scales a program of the second launch aligns: at most as many as `align_tiles` can mark."""
-    return min(32, 2048 // height)
 
 
 ALIGN_OPTIONS = {"num_warps": 8}
@@ -146,8 +147,8 @@ ALIGN_OPTIONS = {"num_warps": 8}
 def tile_for(capability: int, dtype: torch.dtype) -> Tile:
     """The tile of `gradient_codes_kernel`."""
     if capability // 10 == 10:
-        # A thread has a row of the accumulator, or half of one.
-        return Tile(128, 1, 1, {"num_warps": 8}) if dtype == torch.float32 else Tile(128, 2, 2, {"num_warps": 4})
+        # A thread has a row of the accumulator, or half of one. Triton 3.6 makes nothing at all of 128 rows of float32.
+        return Tile(64, 2, 2, {"num_warps": 8}) if dtype == torch.float32 else Tile(128, 2, 2, {"num_warps": 4})
     return gradient_tiles.tile_for(capability, dtype)
 
 
@@ -186,7 +187,7 @@ def _launch(
     tiles, programs = walk(rows, columns, sum(asked.values()), tile, target)
     matrices = rotations(seeds, rank) if e.dtype == torch.float32 and target.permuted else e  # e: not looked at
     sides: list[Tensor] = []
-    launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    launches: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = []
     for packed, turned, which, shape in (
         (row, False, index, (rows, columns, row_stride, column_stride)),
         (column, True, transposed_index, (columns, rows, column_stride, row_stride)),
@@ -194,23 +195,22 @@ def _launch(
         if packed is None:
             sides += [e] * 4  # not looked at
             continue
-        peaks, exponents = new_flags(e, programs, tiles, tile.height)
+        peaks, exponents = new_flags(e, 2 * programs, tiles, tile.height)
         side = packed[0].view(torch.int32), packed[1].view(torch.uint8), exponents, peaks
         sides += side
         order = orders[len(launches)]
         codes, scales, *flags = side
         swizzled = scales if order is None else order.view(torch.int32)
-        arguments = e, matrices, codes, scales, swizzled, *flags, packed[2], seeds, which, rank, *shape, tiles, programs
-        launches.append((arguments, {"TURNED": turned, "SWIZZLED": order is not None}))
-    forms = {**target.forms(), "HEIGHT": tile.height}
-    aligned = aligned_tiles(tile.height)
+        arguments = e, matrices, codes, scales, swizzled, *flags, packed[2], seeds, which, rank, *shape, programs
+        launches.append((aligning_programs(*shape[:2]), arguments, {"TURNED": turned, "SWIZZLED": order is not None}))
+    forms = target.forms()
     with on_device_of(e):
         launch(
             gradient_codes_kernel, len(launches) * programs, e, matrices, *sides, seeds, index, transposed_index, rank, rows, columns,
-            row_stride, column_stride, tiles, **asked, **forms, STAGES=tile.stages, **tile.options, **FUSED,
+            row_stride, column_stride, tiles, **asked, **forms, HEIGHT=tile.height, STAGES=tile.stages, **tile.options, **FUSED,
         )  # fmt: skip
-        for arguments, of_side in launches:
-            launch(align_gradient_kernel, ceil_div(tiles, aligned), *arguments, **forms, **of_side, TILES=aligned, **ALIGN_OPTIONS, **EXACT)
+        for aligning, arguments, of_side in launches:
+            launch(align_gradient_kernel, aligning, *arguments, **forms, **of_side, **ALIGN_OPTIONS, **EXACT, launch_pdl=target.early)
 
 
 def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool, rank: int, swizzled: bool = False) -> Packed:

@@ -39,7 +39,12 @@ class Target:
 
     def forms(self) -> dict[str, bool]:
         """Constants of the kernels that rotate numbers into codes."""
-        return {"PERMUTED": self.permuted, "NATIVE": self.native}
+        return {"PERMUTED": self.permuted, "NATIVE": self.native, "EARLY": self.early}
+
+    @property
+    def early(self) -> bool:
+        """Whether a launch may begin while the one before it ends (`overlap`)."""
+        return self.capability >= 90
 
 
 def target_for(capability: int, processors: int) -> Target:

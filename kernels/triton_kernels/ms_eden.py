@@ -19,6 +19,8 @@ from quartet_compile.kernels.triton_kernels.random import words_of_groups
 _TOP = tl.constexpr(E2M1_MAX / MS_EDEN_OVERRIDE)
 _CEILING = tl.constexpr(SCALE_CEILING["ms_eden"])
 _SMALLEST_PEAK = tl.constexpr(2.0**-124)
+SMALLEST_TENSOR_SCALE = tl.constexpr(2.0**-100)
+INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
 # ---------------------------------------------------------------- the reference's steps
@@ -66,23 +68,24 @@ def peaks_of(y):
 
 
 @triton.jit
-def fast_scale(peak, safe, numerator, denominator, seed, row, block, STREAM: tl.constexpr, UNIT: tl.constexpr):
-    """Sums of v v and v q over groups [n, 8] of rows `row` [n] -> bits of t, and of t stochastically rounded to four significant bits."""
+def fast_scale(peak, safe, numerator, denominator, seed, first_row, i, block, STREAM: tl.constexpr, UNIT: tl.constexpr):
+    """Sums of v v and v q over groups [n, 8] of rows first_row + i [n] -> bits of t, and of t stochastically rounded to four digits."""
     denominator = tl.maximum(denominator, 1.0)  # 36 or more where the group's maximum became 6
     t = tl.where(peak < _SMALLEST_PEAK, peak, safe * (numerator * reciprocal(denominator))) * (UNIT / _TOP)
-    draw = words_of_groups(seed, row, block, STREAM)
+    draw = words_of_groups(seed, first_row, i, block, STREAM)
     # The upper neighbour iff the 20 bits behind E4M3's mantissa exceed the draw's upper 20: then their sum with its complement carries.
     t_bits = bits_of(t)
     return t_bits, (t_bits + (0xFFFFF - ((draw >> 12) & 0xFFFFF))) & -1048576
 
 
-# ---------------------------------------------------------------- the largest t
+# ---------------------------------------------------------------- the largest t, and the least
 
 
 @triton.jit
-def store_peak(bits, peaks):
-    """The largest of bits [n], the largest t that a program has seen, to int32 peaks [programs]."""
-    tl.store(peaks + tl.program_id(0), tl.max(bits, 0))
+def store_extremes(largest, least, peaks, leasts):
+    """Bits of the largest and of the least t that a program has seen, int32 [n, 8] each, to where they point."""
+    tl.store(peaks, tl.max(tl.max(largest, 1), 0))
+    tl.store(leasts, tl.min(tl.min(least, 1), 0))
 
 
 MOST_PROGRAMS = 1024
@@ -97,9 +100,28 @@ def largest_peak(peaks, programs):
     return tl.max(tl.load(peaks + i, mask=i < programs, other=0), 0)
 
 
-def new_flags(like: Tensor, programs: int, tiles: int, rows: int) -> tuple[Tensor, Tensor]:
-    """For the two launches: int32 [programs], the largest t of each; uint8 [tiles, rows], an exponent for each row of a tile."""
+@triton.jit
+def least_exponent(leasts, programs):
+    """The biased exponent of the smallest of leasts, int32 [programs], bits of numbers."""
+    i = tl.arange(0, _MOST_PROGRAMS)
+    return tl.min(tl.load(leasts + i, mask=i < programs, other=INFINITY_BITS), 0) >> 23
+
+
+@triton.jit
+def exponent_limit(peak_bits, incoming):
+    """Rows must be made again whose smallest t has a (biased) exponent below this: t / g is then no normal E4M3 number. 256 means all rows.
+
+    incoming: the power of two that the values carry besides g. The bound, 2^-6 * g, is a power of two: exponents decide.
+    """
+    g, finite = scale_of(peak_bits)
+    total = g * incoming
+    near_the_end = (g < SMALLEST_TENSOR_SCALE) | (total < SMALLEST_TENSOR_SCALE) | (finite == 0)
+    return tl.where(near_the_end, 256, (bits_of(g) >> 23) - 6)
+
+
+def new_flags(like: Tensor, extremes: int, tiles: int, rows: int) -> tuple[Tensor, Tensor]:
+    """For the two launches: int32 [extremes], such as the largest t of each program; uint8 [tiles, rows], an exponent for each row."""
     return (
-        torch.empty(programs, dtype=torch.int32, device=like.device),
+        torch.empty(extremes, dtype=torch.int32, device=like.device),
         torch.empty((tiles, rows), dtype=torch.uint8, device=like.device),
     )

@@ -1,6 +1,7 @@
 """Philox4x32-10 inside kernels: the numbers of `quartet_compile.kernels.philox`, drawn from a seed that never leaves the GPU.
 
-About 36 integer instructions for a word; a group of 16 elements needs one.
+About 36 integer instructions a call, whose four words serve four groups. Where a thread holds all of them, as behind the tensor cores of
+every GPU before sm_100, the compiler finds that it is one call; a thread of sm_100 holds two.
 """
 
 import triton
@@ -41,11 +42,16 @@ def _product(a, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def words_of_groups(seed, row, block, STREAM: tl.constexpr):
-    """32 random bits for each of the eight groups of `block` and rows `row` [n]: int32 [n, 8], at the counters (group, row, STREAM, 0)."""
-    nothing = tl.zeros((row.shape[0], 8), tl.uint32)
-    c0 = (block * 8 + tl.arange(0, 8)).to(tl.uint32)[None, :] + nothing
-    c1 = row.to(tl.uint32)[:, None] + nothing
+def words_of_groups(seed, first_row, i, block, STREAM: tl.constexpr):
+    """32 random bits for each of the eight groups of `block` and rows first_row + i: int32 [n, 8].
+
+    first_row: a multiple of 16, apart from i int32 [n], so that the compiler can see which calls are the same.
+    """
+    nothing = tl.zeros((i.shape[0], 8), tl.uint32)
+    group = tl.arange(0, 8)[None, :]
+    row = i[:, None]
+    c0 = (block * 4 + (group & 3)).to(tl.uint32) + nothing
+    c1 = (first_row + (row & -9)).to(tl.uint32) + nothing
     c2 = nothing + STREAM
     c3 = nothing
     key0 = seed.to(tl.uint32)
@@ -59,13 +65,15 @@ def words_of_groups(seed, row, block, STREAM: tl.constexpr):
         c3 = low0
         key0 += _KEY_STEP0
         key1 += _KEY_STEP1
-    return c0.to(tl.int32, bitcast=True)
+    front = tl.where((row & 8) == 0, c0, c2)
+    back = tl.where((row & 8) == 0, c1, c3)
+    return tl.where(group < 4, front, back).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def uniforms_of_groups(seed, row, block, STREAM: tl.constexpr):
+def uniforms_of_groups(seed, first_row, i, block, STREAM: tl.constexpr):
     """Numbers in [0, 1), multiples of 2^-24: the upper 24 bits of `words_of_groups`."""
-    return ((words_of_groups(seed, row, block, STREAM) >> 8) & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
+    return ((words_of_groups(seed, first_row, i, block, STREAM) >> 8) & 0xFFFFFF).to(tl.float32) * 5.9604644775390625e-08
 
 
 @triton.jit

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from quartet_compile.kernels.format import ROTATION, ceil_div, ceil_to
 from quartet_compile.kernels.triton_kernels.eden_codes import (
+    ALIGNED_BLOCKS,
     CHUNK_ROWS,
-    align_tiles,
+    align_blocks,
+    aligning_programs,
     exact_codes,
     fast_codes,
     store_groups,
@@ -21,7 +23,8 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     store_tensor_scale,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, empty_packed, empty_swizzled, launch, on_device_of, target_of
-from quartet_compile.kernels.triton_kernels.ms_eden import largest_peak, new_flags, store_peak
+from quartet_compile.kernels.triton_kernels.ms_eden import INFINITY_BITS, largest_peak, least_exponent, new_flags, store_extremes
+from quartet_compile.kernels.triton_kernels.overlap import let_next_begin, wait_for_first
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import signed_hadamard
 from quartet_compile.kernels.triton_kernels.saved_values import (
@@ -29,6 +32,7 @@ from quartet_compile.kernels.triton_kernels.saved_values import (
     UNIT,
     column_order,
     load_block,
+    place_in_order,
     rotate_transpose,
     shares,
     unpack_block,
@@ -38,12 +42,13 @@ from quartet_compile.kernels.triton_kernels.saved_values import (
 @triton.jit(do_not_specialize=["index", "rank", "tiles", "count"])
 def saved_codes_kernel(
     saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row, tiles, count,
-    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, COLUMNS: tl.constexpr,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Packed [length, columns], codes as int32 words -> [columns, ceil(length/128)*128], scales provisional bytes.
 
     A program does `count` neighbouring tiles.
     """
+    let_next_begin(EARLY)
     strips = tl.cdiv(columns, COLUMNS)
     blocks = tl.cdiv(length, 128)
     first = tl.program_id(0) * count
@@ -52,53 +57,56 @@ def saved_codes_kernel(
     i = column_order(COLUMNS)
     packed = load_block(saved_codes, saved_scales, first // strips, first % strips, length, groups_per_row, COLUMNS)
     halves = unpack_block(packed, COLUMNS)
-    largest = tl.zeros((COLUMNS,), tl.int32)
+    largest = tl.zeros((COLUMNS, 8), tl.int32)
+    least = tl.full((COLUMNS, 8), INFINITY_BITS, tl.int32)
     for tile in tl.range(first, tl.minimum(first + count, tiles), num_stages=1):
         y = rotate_transpose(halves, matrix, PERMUTED)
         following = tile + 1
         packed = load_block(saved_codes, saved_scales, following // strips, following % strips, length, groups_per_row, COLUMNS)
         block = tile // strips
         strip = tile % strips
-        front, back, s_bits, t_bits = fast_codes(y, seed, strip * COLUMNS + i, block, STREAM_SAVED, UNIT, NATIVE)
+        front, back, s_bits, bits, bits_or_infinity = fast_codes(y, seed, strip * COLUMNS, i, block, STREAM_SAVED, UNIT, NATIVE)
         store_provisional(front, back, s_bits, codes, scales, exponents, tile, strip * COLUMNS, i, columns, block, blocks)
-        largest = tl.maximum(largest, tl.max(t_bits & 0x7FFFFFFF, 1))
+        largest = tl.maximum(largest, bits)
+        least = tl.minimum(least, bits_or_infinity)
         halves = unpack_block(packed, COLUMNS)
-    store_peak(largest, peaks)
+    at = peaks + tl.program_id(0)
+    store_extremes(largest, least, at, at + tl.num_programs(0))
 
 
-@triton.jit(do_not_specialize=["index", "rank", "tiles", "programs"])
+@triton.jit(do_not_specialize=["index", "rank", "programs"])
 def align_saved_kernel(
-    saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row, tiles,
+    saved_codes, saved_scales, codes, scales, exponents, peaks, seeds, index, rank, length, columns, groups_per_row,
     swizzled, incoming, out_tensor_scale, programs,
-    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr, SWIZZLED: tl.constexpr,
+    PERMUTED: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr, COLUMNS: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
-    """Provisional scales -> E4M3, and the tensor scale. A program does TILES tiles. SWIZZLED: as in `align_gradient_kernel`."""
+    """Provisional scales -> E4M3, and the tensor scale. SWIZZLED: as in `align_gradient_kernel`."""
+    wait_for_first(EARLY)
     bits = largest_peak(peaks, programs)
     store_tensor_scale(bits, tl.load(incoming), out_tensor_scale)
-    first = tl.program_id(0) * TILES
-    strips = tl.cdiv(columns, COLUMNS)
     blocks = tl.cdiv(length, 128)
-    tile = first + tl.arange(0, TILES)
-    marked = align_tiles(
-        scales, swizzled, exponents, bits, tile % strips * COLUMNS, column_order(COLUMNS), columns, tile // strips, blocks, first, tiles,
-        SWIZZLED,
+    runs = tl.cdiv(blocks, ALIGNED_BLOCKS)
+    column_strip, first_block = tl.program_id(0) // runs, tl.program_id(0) % runs * ALIGNED_BLOCKS
+    marked = align_blocks(
+        scales, swizzled, exponents, 128, tl.cdiv(columns, COLUMNS) * COLUMNS, place_in_order(128), bits,
+        least_exponent(peaks + programs, programs), column_strip, first_block, columns, blocks, SWIZZLED,
     )  # fmt: skip
     if marked != 0:
         seed = seed_of_rank(seeds, index, rank)
         matrix = signed_hadamard(seed, tl.bfloat16, PERMUTED)
-        for t in range(TILES):
-            if (marked >> t) & 1:
-                tile_block, tile_strip = (first + t) // strips, (first + t) % strips
-                for k in range(COLUMNS // CHUNK_ROWS):
-                    strip = tile_strip * (COLUMNS // CHUNK_ROWS) + k
-                    packed = load_block(saved_codes, saved_scales, tile_block, strip, length, groups_per_row, CHUNK_ROWS)
+        i = column_order(CHUNK_ROWS)
+        for b in range(ALIGNED_BLOCKS):
+            if (marked >> b) & 1:
+                block = first_block + b
+                for c in range(128 // CHUNK_ROWS):
+                    strip = column_strip * (128 // CHUNK_ROWS) + c
+                    packed = load_block(saved_codes, saved_scales, block, strip, length, groups_per_row, CHUNK_ROWS)
                     y = rotate_transpose(unpack_block(packed, CHUNK_ROWS), matrix, PERMUTED) * UNIT
-                    i = column_order(CHUNK_ROWS)
-                    column = strip * CHUNK_ROWS + i
-                    front, back, e4m3 = exact_codes(y, bits, seed, column, tile_block, STREAM_SAVED, NATIVE)
-                    store_groups(front, back, e4m3, codes, scales, strip * CHUNK_ROWS, i, columns, tile_block, blocks)
+                    front, back, e4m3 = exact_codes(y, bits, seed, strip * CHUNK_ROWS, i, block, STREAM_SAVED, NATIVE)
+                    store_groups(front, back, e4m3, codes, scales, strip * CHUNK_ROWS, i, columns, block, blocks)
                     if SWIZZLED:
-                        store_swizzled(e4m3, swizzled, column, tile_block, blocks, column < columns)
+                        column = strip * CHUNK_ROWS + i
+                        store_swizzled(e4m3, swizzled, column, block, blocks, column < columns)
 
 
 OPTIONS = {"num_warps": 4}
@@ -109,9 +117,6 @@ def resident(capability: int) -> int:
     """Programs of `saved_codes_kernel` that fit on a multiprocessor. As many are launched: each makes the rotation once."""
     return 2 if capability // 10 == 10 else 3
 
-
-ALIGNED_TILES = 16
-"""Tiles whose scales a program of the second launch aligns."""
 
 ALIGN_OPTIONS = {"num_warps": 8}
 """Launch options of `align_saved_kernel`."""
@@ -137,16 +142,16 @@ def requantize(
     target = target_of(codes)
     tiles = ceil_div(length, 128) * ceil_div(columns, COLUMNS)
     count, programs = shares(tiles, resident(target.capability), target)
-    peaks, exponents = new_flags(codes, programs, tiles, COLUMNS)
+    peaks, exponents = new_flags(codes, 2 * programs, tiles, COLUMNS)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), out_codes.view(torch.int32), out_scales.view(torch.uint8), exponents, peaks,
-        seeds, index, rank, length, columns, groups_per_row, tiles,
+        seeds, index, rank, length, columns, groups_per_row,
     )  # fmt: skip
     forms = {**target.forms(), "COLUMNS": COLUMNS}
     with on_device_of(codes):
-        launch(saved_codes_kernel, programs, *arguments, count, **forms, **OPTIONS, **FUSED)
+        launch(saved_codes_kernel, programs, *arguments, tiles, count, **forms, **OPTIONS, **FUSED)
         launch(
-            align_saved_kernel, ceil_div(tiles, ALIGNED_TILES), *arguments, order.view(torch.int32), tensor_scale, g, programs,
-            **forms, TILES=ALIGNED_TILES, SWIZZLED=swizzled, **ALIGN_OPTIONS, **EXACT,
+            align_saved_kernel, aligning_programs(columns, length), *arguments, order.view(torch.int32), tensor_scale, g, programs,
+            **forms, SWIZZLED=swizzled, **ALIGN_OPTIONS, **EXACT, launch_pdl=target.early,
         )  # fmt: skip
     return out_codes, order, g

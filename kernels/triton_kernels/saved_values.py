@@ -21,15 +21,22 @@ from quartet_compile.kernels.triton_kernels.eden_values import (
     checks_of,
     chunks_below,
     exact_values,
-    exponent_limit,
     fast_values,
-    load_smallest,
     store_smallest,
     store_values,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, Target, launch, on_device_of, target_of
-from quartet_compile.kernels.triton_kernels.ms_eden import MOST_PROGRAMS, largest_peak, new_flags, store_peak
+from quartet_compile.kernels.triton_kernels.ms_eden import (
+    INFINITY_BITS,
+    MOST_PROGRAMS,
+    exponent_limit,
+    largest_peak,
+    least_exponent,
+    new_flags,
+    store_extremes,
+)
 from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, e2m1_value, e4m3_value
+from quartet_compile.kernels.triton_kernels.overlap import let_next_begin, wait_for_first
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate
 
@@ -135,12 +142,23 @@ def column_order(COLUMNS: tl.constexpr):
     return (p & -8) + ((p >> 1) & 3) + 4 * (p & 1)
 
 
+@triton.jit
+def place_in_order(COLUMNS: tl.constexpr):
+    """Where each logical column is in a tile of `unpack`: the inverse of `column_order`."""
+    i = tl.arange(0, COLUMNS)
+    return (i & -8) + 2 * (i & 3) + ((i >> 2) & 1)
+
+
 @triton.jit(do_not_specialize=["index", "rank", "tiles", "count"])
 def saved_values_kernel(
     codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, tiles, count,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Packed [length, columns], codes as int32 words -> out [columns, ceil(length/128)*128]. A program does `count` tiles, neighbours."""
+    """Packed [length, columns], codes as int32 words -> out [columns, ceil(length/128)*128]. A program does `count` tiles, neighbours.
+
+    program_peaks: the largest t of each program and, behind them, the least.
+    """
+    let_next_begin(EARLY)
     strips = tl.cdiv(columns, COLUMNS)
     blocks = tl.cdiv(length, 128)
     first = tl.program_id(0) * count
@@ -151,34 +169,36 @@ def saved_values_kernel(
     packed = load_block(codes, scales, first // strips, first % strips, length, groups_per_row, COLUMNS)
     halves = unpack_block(packed, COLUMNS)
     largest = tl.zeros((COLUMNS, 8), tl.int32)
+    least = tl.full((COLUMNS, 8), INFINITY_BITS, tl.int32)
     for tile in tl.range(first, tl.minimum(first + count, tiles), num_stages=1):
         rotated = rotate_transpose(halves, matrix, True)
         following = tile + 1
         packed = load_block(codes, scales, following // strips, following % strips, length, groups_per_row, COLUMNS)
         block, strip = tile // strips, tile % strips
-        numbers, factor, bits, bits_or_infinity = fast_values(rotated, seed, strip * COLUMNS + i, block, g, STREAM_SAVED, UNIT)
+        numbers, factor, bits, bits_or_infinity = fast_values(rotated, seed, strip * COLUMNS, i, block, g, STREAM_SAVED, UNIT)
         store_smallest(bits_or_infinity, exponents, tile)
         store_values(numbers, factor, out, strip * COLUMNS, i, columns, block, blocks)
         largest = tl.maximum(largest, bits)
+        least = tl.minimum(least, bits_or_infinity)
         halves = unpack_block(packed, COLUMNS)
-    store_peak(tl.max(largest, 1), program_peaks)
+    at = program_peaks + tl.program_id(0)
+    store_extremes(largest, least, at, at + tl.num_programs(0))
 
 
 @triton.jit(do_not_specialize=["index", "rank", "tiles", "programs"])
 def saved_again_kernel(
     codes, scales, incoming, rotations, out, program_peaks, exponents, seeds, index, rank, length, columns, groups_per_row, tiles, programs,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The chunks of rows of `saved_values_kernel` that need the tensor scale, now that it is known. Any number of programs."""
-    chunks = tiles * (COLUMNS // CHUNK_ROWS)
-    start = tl.program_id(0)
-    smallest = load_smallest(exponents, start, chunks)  # always a turn ahead
+    wait_for_first(EARLY)
     bits = largest_peak(program_peaks, programs)
     g = tl.load(incoming)
     limit = exponent_limit(bits, g)
-    for check in range(start, checks_of(chunks), tl.num_programs(0)):
-        marked = chunks_below(smallest, limit)
-        smallest = load_smallest(exponents, check + tl.num_programs(0), chunks)
+    chunks = tiles * (COLUMNS // CHUNK_ROWS)
+    checks = tl.where(least_exponent(program_peaks + programs, programs) < limit, checks_of(chunks), 0)
+    for check in range(tl.program_id(0), checks, tl.num_programs(0)):
+        marked = chunks_below(exponents, check, chunks, limit)
         if marked != 0:
             strips = tl.cdiv(columns, COLUMNS)
             matrix = load_rotation(rotations, index, tl.bfloat16)
@@ -187,13 +207,13 @@ def saved_again_kernel(
             # Some versions of Triton spill what would be hoisted out of the loop.
             for c in tl.range(CHECKED_CHUNKS, disable_licm=True):
                 if (marked >> c) & 1:
-                    column = (check + c * checks_of(chunks)) * CHUNK_ROWS
+                    column = (check + c * checks) * CHUNK_ROWS
                     tile = column // COLUMNS
                     block = tile // strips
                     strip = tile % strips * (COLUMNS // CHUNK_ROWS) + column % COLUMNS // CHUNK_ROWS
                     packed = load_block(codes, scales, block, strip, length, groups_per_row, CHUNK_ROWS)
                     rotated = rotate_transpose(unpack_block(packed, CHUNK_ROWS), matrix, True) * UNIT
-                    numbers, factor = exact_values(rotated, bits, seed, strip * CHUNK_ROWS + i, block, g, STREAM_SAVED)
+                    numbers, factor = exact_values(rotated, bits, seed, strip * CHUNK_ROWS, i, block, g, STREAM_SAVED)
                     store_values(numbers, factor, out, strip * CHUNK_ROWS, i, columns, block, tl.cdiv(length, 128))
 
 
@@ -228,12 +248,13 @@ def requantize_values(
     target = target_of(codes)
     tiles = ceil_div(length, 128) * ceil_div(columns, COLUMNS)
     count, programs = shares(tiles, RESIDENT, target)
-    program_peaks, exponents = new_flags(codes, programs, tiles, COLUMNS)
+    program_peaks, exponents = new_flags(codes, 2 * programs, tiles, COLUMNS)
     arguments = (
         codes.view(torch.int32), scales.view(torch.uint8), tensor_scale, rotations, out, program_peaks, exponents, seeds, index, rank,
         length, columns, groups_per_row, tiles,
     )  # fmt: skip
+    forms = {"COLUMNS": COLUMNS, "EARLY": target.early}
     with on_device_of(codes):
-        launch(saved_values_kernel, programs, *arguments, count, COLUMNS=COLUMNS, **OPTIONS, **FUSED)
-        launch(saved_again_kernel, target.processors, *arguments, programs, COLUMNS=COLUMNS, **AGAIN, **EXACT)
+        launch(saved_values_kernel, programs, *arguments, count, **forms, **OPTIONS, **FUSED)
+        launch(saved_again_kernel, target.processors, *arguments, programs, **forms, **AGAIN, **EXACT, launch_pdl=target.early)
     return out
