@@ -149,7 +149,7 @@ def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
     for suffix, codes, values in (("", True, False), ("_and_values", True, True), ("_values", False, True)):
         forms = {"FOUR": True, "CODES": codes, "VALUES": values, "EARLY": early}
         of_any = {**forms, "NATIVE": native, "BLOCK": forward.BLOCK}
-        constants = {"CEILING": 256.0, "REPAIRED": forward.REPAIRED, "CHUNK": forward.CHUNK, "WIDTH": forward.WIDTH}
+        constants = {"CEILING": 256.0, "FOURS": True, "REPAIRED": forward.REPAIRED, "CHUNK": forward.CHUNK, "WIDTH": forward.WIDTH}
         found |= {
             f"words{suffix}": Case(
                 forward_words.round_words_kernel,
@@ -164,7 +164,10 @@ def forward_cases(capability: int, dtype: str) -> dict[str, Case]:
             ),
             f"align{suffix}": Case(forward.align_scales_kernel, second, {**of_any, **constants, "RAGGED": False}, forward.ALIGN_OPTIONS),
             f"align_ragged{suffix}": Case(
-                forward.align_scales_kernel, {**second, **ragged}, {**of_any, **constants, "RAGGED": True}, forward.ALIGN_OPTIONS
+                forward.align_scales_kernel,
+                {**second, **ragged},
+                {**of_any, **constants, "RAGGED": True, "FOURS": False},
+                forward.ALIGN_OPTIONS,
             ),
         }
     return {name: case for name, case in found.items() if not (native and name.endswith("values"))}

@@ -1,4 +1,4 @@
-"""What the Triton kernels are made of: rounding to E2M1 and E4M3, and the random numbers, against `reference` and `philox`."""
+"""What the Triton kernels are made of: rounding to E2M1 and E4M3, four bytes of a word, and the random numbers, against `reference` and `philox`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from quartet_compile.kernels.triton_kernels import launch, numbers, random  # noqa: E402
+from quartet_compile.kernels.triton_kernels import four_bytes, launch, numbers, random  # noqa: E402
 
 
 @triton.jit
@@ -77,3 +77,27 @@ def test_random_numbers(device, index, rank):
     seed = philox.seed_for_rank(SEEDS[index], rank)
     assert torch.equal(out.cpu(), philox.uniforms(seed, 128, 24, philox.STREAM_SAVED)[96:, 16:])
     assert torch.equal(1.0 - 2.0 * signs.cpu().float(), philox.rotation_signs(seed))
+
+
+@triton.jit
+def _four_bytes_kernel(words, limits, nonzero, below, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    word, limit = tl.load(words + at), tl.load(limits + at)
+    tl.store(nonzero + at, four_bytes.nonzero_bytes(word))
+    tl.store(below + at, four_bytes.any_below(word, limit))
+
+
+@on_devices
+def test_four_bytes_of_a_word_are_four_numbers(device):
+    """Random bytes, many of them 0, 1, 127, 128 or 255, against limits in and outside their range, byte by byte."""
+    generator = torch.Generator().manual_seed(0)
+    bytes_ = torch.randint(0, 256, (4096, 4), generator=generator)
+    special = torch.tensor([0, 0, 1, 127, 128, 255])[torch.randint(0, 6, (4096, 4), generator=generator)]
+    bytes_ = torch.where(torch.rand(4096, 4, generator=generator) < 0.6, special, bytes_)
+    limits = torch.randint(-300, 560, (4096,), generator=generator, dtype=torch.int32)
+    limits[:8] = torch.tensor([-(2**30), -1, 0, 1, 255, 256, 257, 2**30])
+    words = bytes_.to(torch.uint8).view(torch.int32).flatten()
+    nonzero, below = torch.empty_like(words).to(device), torch.empty_like(words).to(device)
+    _four_bytes_kernel[(1,)](words.to(device), limits.to(device), nonzero, below, 4096)
+    assert torch.equal(nonzero.cpu().view(torch.uint8).reshape(4096, 4), (bytes_ != 0).to(torch.uint8))
+    assert torch.equal(below.cpu() != 0, ((bytes_ != 0) & (bytes_ < limits[:, None])).any(1))

@@ -15,11 +15,14 @@ import triton
 import triton.language as tl
 
 from quartet_compile.kernels.format import ceil_div
+from quartet_compile.kernels.triton_kernels.four_bytes import nonzero_bytes
 from quartet_compile.kernels.triton_kernels.ms_eden import (
     INFINITY_BITS,
     SMALLEST_TENSOR_SCALE,
     exponent_limit,
     fast_scale,
+    largest_peak,
+    least_exponent,
     peaks_of,
     round_rotated,
     scale_of,
@@ -226,13 +229,12 @@ ALIGNED_BLOCKS = tl.constexpr(16)
 
 @triton.jit
 def align_blocks(
-    scales, swizzled, exponents, of_strip, of_block, order, peak_bits, least_exponent, strip, first_block, rows, blocks,
-    SWIZZLED: tl.constexpr,
+    scales, swizzled, exponents, of_strip, of_block, order, peaks, programs, strip, first_block, rows, blocks, SWIZZLED: tl.constexpr
 ):  # fmt: skip
     """Provisional bytes of 128 rows, the strip'th, and of ALIGNED_BLOCKS blocks -> E4M3, in place or SWIZZLED.
 
-    The exponent of row i [128] in a block is at strip * of_strip + block * of_block + order. least_exponent: of the least t of all. Returns
-    a mask of the blocks to be made again, left as they are.
+    The exponent of row i [128] in a block is at strip * of_strip + block * of_block + order. peaks: the largest and, behind them, the least
+    t of each program. Returns a mask of the blocks to be made again, left as they are, and the bits of the largest t of all.
     """
     i = tl.arange(0, 128)
     b = tl.arange(0, ALIGNED_BLOCKS)
@@ -240,32 +242,26 @@ def align_blocks(
     present = (strip * 128 + i < rows)[:, None] & (block < blocks)[None, :]
     of_blocks = exponents + strip * tl.cast(of_strip, tl.int64) + block.to(tl.int64)[None, :] * of_block
     exponent = tl.load(of_blocks + order[:, None], mask=present, other=0).to(tl.int32)
+    start = scales + (strip * tl.cast(blocks, tl.int64) * 128 + first_block) * 8
+    row_of_words = start.to(tl.pointer_type(tl.int32)) + i[:, None] * (blocks * 2)
+    at = row_of_words + tl.arange(0, 2 * ALIGNED_BLOCKS)[None, :]
+    mask = present[:, :, None].broadcast_to(128, ALIGNED_BLOCKS, 2).reshape(128, 2 * ALIGNED_BLOCKS)
+    word = tl.load(at, mask=mask, other=0)
+    peak_bits, least = largest_peak(peaks, programs), least_exponent(peaks + programs, programs)
     g, _ = scale_of(peak_bits)
     added = exponent * 8 - 248 - ((bits_of(g) >> 23) - 7) * 8
-    start = scales + (strip * tl.cast(blocks, tl.int64) * 128 + first_block) * 8
     marked = 0
-    if least_exponent >= exponent_limit(peak_bits, 1.0):
-        _align_normal(start, swizzled, added, present, strip, block, blocks, SWIZZLED)
+    if least >= exponent_limit(peak_bits, 1.0):
+        # Every scale is a normal number: the same is added to all four bytes of a word but zeros, and nothing carries.
+        word += nonzero_bytes(word) * added[:, :, None].broadcast_to(128, ALIGNED_BLOCKS, 2).reshape(128, 2 * ALIGNED_BLOCKS)
+        if SWIZZLED:
+            _store_swizzled_strip(word, swizzled, strip, block, blocks, present)
+        else:
+            tl.store(at, word, mask=mask)
     else:
         again = _align_any(start, swizzled, added, present, strip, block, blocks, peak_bits, SWIZZLED)
         marked = tl.sum(again << b, 0)
-    return marked
-
-
-@triton.jit
-def _align_normal(start, swizzled, added, present, strip, block, blocks, SWIZZLED: tl.constexpr):
-    """Where every scale is a normal number: four bytes at a time, added [128, n] to all of a word but zeros. Nothing carries."""
-    n: tl.constexpr = block.shape[0]
-    row = start.to(tl.pointer_type(tl.int32)) + tl.arange(0, 128)[:, None] * (blocks * 2)
-    at = row + tl.arange(0, 2 * n)[None, :]
-    mask = present[:, :, None].broadcast_to(128, n, 2).reshape(128, 2 * n)
-    word = tl.load(at, mask=mask, other=0)
-    nonzero = ((((word & 0x7F7F7F7F) + 0x7F7F7F7F) | word) >> 7) & 0x01010101
-    word += nonzero * added[:, :, None].broadcast_to(128, n, 2).reshape(128, 2 * n)
-    if SWIZZLED:
-        _store_swizzled_strip(word, swizzled, strip, block, blocks, present)
-    else:
-        tl.store(at, word, mask=mask)
+    return marked, peak_bits
 
 
 @triton.jit

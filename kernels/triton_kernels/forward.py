@@ -28,6 +28,7 @@ from quartet_compile.kernels.format import E2M1_MAX, GROUP, ceil_div, ceil_to
 from quartet_compile.kernels.reference import SCALE_CEILING
 from quartet_compile.kernels.triton_kernels.forward_groups import load_groups, round_any_kernel, round_groups, store_codes_and_values
 from quartet_compile.kernels.triton_kernels.forward_words import origin_of, round_words_kernel
+from quartet_compile.kernels.triton_kernels.four_bytes import ONES, any_below, nonzero_bytes
 from quartet_compile.kernels.triton_kernels.launch import EXACT, empty_packed, is_aligned, launch, on_device_of, target_of
 from quartet_compile.kernels.triton_kernels.numbers import bits_of, tensor_scale
 from quartet_compile.kernels.triton_kernels.overlap import wait_for_first
@@ -35,13 +36,19 @@ from quartet_compile.kernels.triton_kernels.overlap import wait_for_first
 _E2M1_MAX = tl.constexpr(E2M1_MAX)
 _SMALLEST_G = tl.constexpr(2.0**-90)
 _LARGEST_G = tl.constexpr(2.0**100)
+_SCALE_OF_ZEROS = tl.constexpr(0x38)
+"""The E4M3 byte of 1."""
 _SMALLEST_SCALE = tl.constexpr(13)
 """E4M3 byte of 1.625 * 2^-6: if four's scale is not below it, neither is six's below 2^-6, the smallest normal number."""
 
+_AT_A_TIME = tl.constexpr(64)
+"""Groups that are quantized again together: few, so that this rare path does not claim the registers."""
+
 BLOCK = 256
 """Groups of a program of the first pass, and of a magnitude that it writes."""
-WORDS_OPTIONS, ANY_OPTIONS, ALIGN_OPTIONS = {"num_warps": 4}, {"num_warps": 8, "maxnreg": 168}, {"num_warps": 8}
-"""Launch options of both forms of the first pass and of the second one. Left alone, Triton 3.8 takes 64 registers and spills."""
+WORDS_OPTIONS, ANY_OPTIONS, ALIGN_OPTIONS = {"num_warps": 4}, {"num_warps": 8, "maxnreg": 168}, {"num_warps": 8, "maxnreg": 128}
+"""Launch options of both forms of the first pass and of the second one. Left alone, Triton 3.8 takes 64 registers and spills; two programs
+of the second one fit on a multiprocessor."""
 CHUNK = 8192
 """Groups that a program of the second pass looks at together."""
 ALIGNING = 2
@@ -69,28 +76,57 @@ def _quantize_again(
 
 
 @triton.jit
-def _load_chunk(scales, chunk, offset, groups, CHUNK: tl.constexpr):
+def _load_chunk(scales, chunk, offset, groups, FOURS: tl.constexpr, CHUNK: tl.constexpr):
+    """Words of provisional scales, four each; of the last word as many as there are. FOURS: that is four."""
     first = tl.cast(chunk, tl.int64) * CHUNK
-    return tl.load(scales + first + offset, mask=first + offset < groups, other=0)
+    if FOURS:
+        word = tl.load((scales + first).to(tl.pointer_type(tl.int32)) + offset, mask=first + offset * 4 < groups, other=0)
+    else:
+        word = tl.zeros(offset.shape, tl.int32)
+        for k in tl.static_range(4):
+            at = first + offset * 4 + k
+            word |= tl.load(scales + at, mask=at < groups, other=0).to(tl.int32) << (8 * k)
+    return word
+
+
+@triton.jit
+def _store_chunk(word, scales, chunk, offset, present, groups, FOURS: tl.constexpr, CHUNK: tl.constexpr):
+    first = tl.cast(chunk, tl.int64) * CHUNK
+    if FOURS:
+        tl.store((scales + first).to(tl.pointer_type(tl.int32)) + offset, word, mask=(first + offset * 4 < groups) & present)
+    else:
+        for k in tl.static_range(4):
+            at = first + offset * 4 + k
+            tl.store(scales + at, (word >> (8 * k)).to(tl.uint8), mask=(at < groups) & present)
+
+
+@triton.jit
+def _origins(peaks, chunk, row, blocks, CHUNK: tl.constexpr, BLOCK: tl.constexpr, REPAIRED: tl.constexpr):
+    """What the provisional scales of each run of REPAIRED groups count from."""
+    block = chunk * (CHUNK // BLOCK) + row // (BLOCK // REPAIRED)
+    return origin_of(tl.load(peaks + block, mask=block < blocks, other=0))
 
 
 @triton.jit
 def align_scales_kernel(
     x, codes, scales, values, peaks, out_tensor_scale, groups, columns, groups_per_row,
     CEILING: tl.constexpr, FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, RAGGED: tl.constexpr, NATIVE: tl.constexpr,
-    EARLY: tl.constexpr, BLOCK: tl.constexpr, REPAIRED: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
+    EARLY: tl.constexpr, FOURS: tl.constexpr,
+    BLOCK: tl.constexpr, REPAIRED: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Provisional scales -> E4M3 in place, and the tensor scale; groups whose codes may depend on g are quantized again.
 
-    Any number of programs, each reads all of `peaks`, WIDTH at a time. values: int16.
+    Any number of programs, each reads all of `peaks`, WIDTH at a time. values: int16. Four scales are a word: they have one origin, and
+    where each is a normal number, adding what brings them to E4M3 carries nothing from one to the next.
     """
     tl.static_assert(BLOCK % REPAIRED == 0)
     wait_for_first(EARLY)
     row = tl.arange(0, CHUNK // REPAIRED)
-    offset = row[:, None] * REPAIRED + tl.arange(0, REPAIRED)[None, :]
+    offset = row[:, None] * (REPAIRED // 4) + tl.arange(0, REPAIRED // 4)[None, :]
     start = tl.program_id(0)
-    following = _load_chunk(scales, start, offset, groups, CHUNK)  # always a turn ahead
     blocks = tl.cdiv(groups, BLOCK)
+    following = _load_chunk(scales, start, offset, groups, FOURS, CHUNK)  # always a turn ahead, as are their origins
+    following_origins = _origins(peaks, start, row, blocks, CHUNK, BLOCK, REPAIRED)
     whole = blocks // 16 * 16  # as many as can be loaded four at a time
     rest = whole + tl.arange(0, 16)
     largest = tl.zeros((WIDTH,), tl.int32) + tl.max(tl.load(peaks + rest, mask=rest < blocks, other=0), 0)
@@ -103,24 +139,25 @@ def align_scales_kernel(
     everything = ((g < _SMALLEST_G) | (g > _LARGEST_G) | (finite == 0)).to(tl.int32)
     g_origin = ((bits_of(g) >> 23) - 7) * 8
     for chunk in range(start, tl.cdiv(groups, CHUNK), tl.num_programs(0)):
-        provisional = following.to(tl.int32)
-        following = _load_chunk(scales, chunk + tl.num_programs(0), offset, groups, CHUNK)
-        first = tl.cast(chunk, tl.int64) * CHUNK
-        present = first + offset < groups
-        block = chunk * (CHUNK // BLOCK) + row // (BLOCK // REPAIRED)
-        origin = origin_of(tl.load(peaks + block, mask=block < blocks, other=0)) - g_origin
-        byte = provisional + origin[:, None]
-        again = tl.max(((provisional != 0) & (byte < _SMALLEST_SCALE)).to(tl.int32), 1) | everything
-        byte = tl.where(provisional == 0, 0x38, byte)
-        tl.store(scales + first + offset, byte.to(tl.uint8), mask=present & (again == 0)[:, None])
+        provisional, added = following, following_origins - g_origin
+        following = _load_chunk(scales, chunk + tl.num_programs(0), offset, groups, FOURS, CHUNK)
+        following_origins = _origins(peaks, chunk + tl.num_programs(0), row, blocks, CHUNK, BLOCK, REPAIRED)
+        limit = -added + _SMALLEST_SCALE
+        small = any_below(provisional, limit[:, None]) != 0
+        again = tl.max(small.to(tl.int32), 1) | everything
+        nonzero = nonzero_bytes(provisional)
+        word = provisional + nonzero * added[:, None] + (ONES - nonzero) * _SCALE_OF_ZEROS
+        _store_chunk(word, scales, chunk, offset, (again == 0)[:, None], groups, FOURS, CHUNK)
         marked = tl.sum(again << row, 0)
         if marked != 0:
+            first = tl.cast(chunk, tl.int64) * CHUNK
             for r in range(CHUNK // REPAIRED):
                 if (marked >> r) & 1:
-                    _quantize_again(
-                        x, codes, scales, values, g, finite, first + r * REPAIRED, groups, columns, groups_per_row,
-                        FOUR, CODES, VALUES, RAGGED, NATIVE, REPAIRED,
-                    )  # fmt: skip
+                    for part in range(REPAIRED // _AT_A_TIME):
+                        _quantize_again(
+                            x, codes, scales, values, g, finite, first + r * REPAIRED + part * _AT_A_TIME, groups, columns, groups_per_row,
+                            FOUR, CODES, VALUES, RAGGED, NATIVE, _AT_A_TIME,
+                        )  # fmt: skip
 
 
 # ---------------------------------------------------------------- launches
@@ -157,8 +194,8 @@ def _quantize(x: Tensor, rule: str, with_codes: bool, with_values: bool) -> tupl
         launch(
             align_scales_kernel, min(ceil_div(groups, CHUNK), ALIGNING * target.processors),
             x, codes, raw_scales, raw_values, peaks, g, *shape,
-            CEILING=SCALE_CEILING[rule], REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH, **forms | shape_forms, **ALIGN_OPTIONS, **EXACT,
-            launch_pdl=target.early,
+            CEILING=SCALE_CEILING[rule], FOURS=groups % 4 == 0, REPAIRED=REPAIRED, CHUNK=CHUNK, WIDTH=WIDTH,
+            **forms | shape_forms, **ALIGN_OPTIONS, **EXACT, launch_pdl=target.early,
         )  # fmt: skip
     return codes, scales, g, values
 

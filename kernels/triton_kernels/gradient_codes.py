@@ -38,7 +38,7 @@ from quartet_compile.kernels.triton_kernels.launch import (
     on_device_of,
     target_of,
 )
-from quartet_compile.kernels.triton_kernels.ms_eden import INFINITY_BITS, largest_peak, least_exponent, new_flags, store_extremes
+from quartet_compile.kernels.triton_kernels.ms_eden import INFINITY_BITS, new_flags, store_extremes
 from quartet_compile.kernels.triton_kernels.overlap import let_next_begin, wait_for_first
 from quartet_compile.kernels.triton_kernels.random import STREAM_GRADIENT, anew, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import load_rotation, rotate, rotations, signed_hadamard
@@ -111,18 +111,16 @@ def align_gradient_kernel(
     """
     wait_for_first(EARLY)
     blocks = tl.cdiv(columns, 128)
-    bits = largest_peak(peaks, programs)
-    store_tensor_scale(bits, 1.0, out_tensor_scale)
     runs = tl.cdiv(blocks, ALIGNED_BLOCKS)
     strip, first_block = tl.program_id(0) // runs, tl.program_id(0) % runs * ALIGNED_BLOCKS
     if TURNED:
         of_strip, of_block = 128, tl.cdiv(rows, 128) * 128
     else:
         of_strip, of_block = blocks * 128, 128
-    marked = align_blocks(
-        scales, swizzled, exponents, of_strip, of_block, tl.arange(0, 128), bits, least_exponent(peaks + programs, programs),
-        strip, first_block, rows, blocks, SWIZZLED,
-    )  # fmt: skip
+    marked, bits = align_blocks(
+        scales, swizzled, exponents, of_strip, of_block, tl.arange(0, 128), peaks, programs, strip, first_block, rows, blocks, SWIZZLED
+    )
+    store_tensor_scale(bits, 1.0, out_tensor_scale)
     if marked != 0:
         seed = seed_of_rank(seeds, index, rank)
         rotation = _rotation(rotations, index, seed, operand.dtype.element_ty, PERMUTED)

@@ -2,8 +2,7 @@
 
 Tiles are HEIGHT rows or columns of a square of 128 x 128, so one orientation has as many as the other. Where both are asked for,
 neighbouring programs take one each of the same tiles at about the same time: whoever is second finds them in the L2 cache. One program for
-both would need the registers and the shared memory of two, so that no second one fits on a multiprocessor. Measured on Hopper that was
-slower for values and as fast for codes.
+both needs the registers and the shared memory of two; measured on Hopper it was slower for values and as fast for codes.
 """
 
 from dataclasses import dataclass

@@ -23,7 +23,7 @@ from quartet_compile.kernels.triton_kernels.eden_codes import (
     store_tensor_scale,
 )
 from quartet_compile.kernels.triton_kernels.launch import EXACT, FUSED, empty_packed, empty_swizzled, launch, on_device_of, target_of
-from quartet_compile.kernels.triton_kernels.ms_eden import INFINITY_BITS, largest_peak, least_exponent, new_flags, store_extremes
+from quartet_compile.kernels.triton_kernels.ms_eden import INFINITY_BITS, new_flags, store_extremes
 from quartet_compile.kernels.triton_kernels.overlap import let_next_begin, wait_for_first
 from quartet_compile.kernels.triton_kernels.random import STREAM_SAVED, seed_of_rank
 from quartet_compile.kernels.triton_kernels.rotation import signed_hadamard
@@ -82,15 +82,14 @@ def align_saved_kernel(
 ):  # fmt: skip
     """Provisional scales -> E4M3, and the tensor scale. SWIZZLED: as in `align_gradient_kernel`."""
     wait_for_first(EARLY)
-    bits = largest_peak(peaks, programs)
-    store_tensor_scale(bits, tl.load(incoming), out_tensor_scale)
     blocks = tl.cdiv(length, 128)
     runs = tl.cdiv(blocks, ALIGNED_BLOCKS)
     column_strip, first_block = tl.program_id(0) // runs, tl.program_id(0) % runs * ALIGNED_BLOCKS
-    marked = align_blocks(
-        scales, swizzled, exponents, 128, tl.cdiv(columns, COLUMNS) * COLUMNS, place_in_order(128), bits,
-        least_exponent(peaks + programs, programs), column_strip, first_block, columns, blocks, SWIZZLED,
+    marked, bits = align_blocks(
+        scales, swizzled, exponents, 128, tl.cdiv(columns, COLUMNS) * COLUMNS, place_in_order(128), peaks, programs,
+        column_strip, first_block, columns, blocks, SWIZZLED,
     )  # fmt: skip
+    store_tensor_scale(bits, tl.load(incoming), out_tensor_scale)
     if marked != 0:
         seed = seed_of_rank(seeds, index, rank)
         matrix = signed_hadamard(seed, tl.bfloat16, PERMUTED)

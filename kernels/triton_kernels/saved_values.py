@@ -1,8 +1,8 @@
 """The transpose of a saved packed matrix as an operand of a backward product, in bfloat16 values: unpack, transpose, rotate, MS-EDEN.
 
-Bytes an element: 0.5625 read, 2 written. Eight codes are unpacked from a 32-bit word by shifts that place the bits of elements i and i + 4
-at the two halves of a register, where they are bfloat16 numbers but for a power of two. A tile therefore holds its columns in the order
-0 4 1 5 2 6 3 7 of every eight; the rows of the result are addressed accordingly.
+Bytes an element: 0.5625 read, 2 written. Eight codes are unpacked from a 32-bit word by masks and products that place the bits of elements
+i and i + 4 at the two halves of a register, where they are bfloat16 numbers but for a power of two. A tile therefore holds its columns in
+the order 0 4 1 5 2 6 3 7 of every eight; the rows of the result are addressed accordingly.
 
 A tile is unpacked at the end of a turn of the loop and rotated in the next one, so that Triton hands it to the tensor cores through shared
 memory, which transposes it on the way.
@@ -45,8 +45,36 @@ UNIT = tl.constexpr(256.0)
 
 
 @triton.jit
+def _pairs_of_scales(bytes_):
+    """E4M3 bytes in int32 -> twice the scale times 2^118 as bfloat16 in a word.
+
+    Seven bits of E4M3 one place up in the mantissa field of a bfloat16 are the scale times 2^-120. It is brought to 2^118 in two steps that
+    stay in range. A fused multiply-add with -0 multiplies: Ampere has no other product of two pairs.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 zero, factor;
+        mov.b32 zero, 0x80008000;
+        mul.lo.u32 $0, $1, 0x00100010;
+        mov.b32 factor, 0x7F007F00;  fma.rn.bf16x2 $0, $0, factor, zero;
+        mov.b32 factor, 0x77007700;  fma.rn.bf16x2 $0, $0, factor, zero;
+        }
+        """,
+        "=&r,r",
+        [bytes_],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
 def _unpack_word(word, scale):
-    """Eight codes, the E4M3 byte of their group (both int32) -> bfloat16 elements 0, 4, 1, 5, 2, 6, 3, 7, divided by `UNIT`."""
+    """Eight codes -> bfloat16 elements 0, 4, 1, 5, 2, 6, 3, 7, divided by `UNIT`. scale: that of their group as `_pairs_of_scales` has it.
+
+    In the interpreter scale is the E4M3 byte. All are int32.
+    """
     if INTERPRET:
         factor = e4m3_value(scale) * (1.0 / UNIT)
         x0 = (e2m1_value(word & 15) * factor).to(tl.bfloat16)
@@ -58,25 +86,21 @@ def _unpack_word(word, scale):
         x6 = (e2m1_value((word >> 24) & 15) * factor).to(tl.bfloat16)
         x7 = (e2m1_value((word >> 28) & 15) * factor).to(tl.bfloat16)
         return x0, x4, x1, x5, x2, x6, x3, x7
-    # Three bits of a code at the foot of a bfloat16's exponent are its magnitude times 2^-126; seven bits of E4M3 one place up in the
-    # mantissa field are the scale times 2^-120. The scale is brought to 2^118, in two steps that stay in range. A fused multiply-add with
-    # -0 multiplies: Ampere has no other product of two pairs.
+    # Three bits of a code at the foot of a bfloat16's exponent are its magnitude times 2^-126. A product puts two copies of both codes of a
+    # pair side by side, one with the sign in its place, one with the magnitude.
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 sign, magnitude, upper, lower, s;
-        mov.b32 sign, 0x80008000;  mov.b32 magnitude, 0x01C001C0;
-        mul.lo.u32 s, $9, 0x00100010;
-        mov.b32 upper, 0x7F007F00;  fma.rn.bf16x2 s, s, upper, sign;
-        mov.b32 upper, 0x77007700;  fma.rn.bf16x2 s, s, upper, sign;
-        shl.b32 upper, $8, 12;  and.b32 upper, upper, sign;  shl.b32 lower, $8, 6;
-        lop3.b32 upper, lower, magnitude, upper, 0xEA;  fma.rn.bf16x2 upper, upper, s, sign;  mov.b32 {$0, $1}, upper;
-        shl.b32 upper, $8, 8;  and.b32 upper, upper, sign;  shl.b32 lower, $8, 2;
-        lop3.b32 upper, lower, magnitude, upper, 0xEA;  fma.rn.bf16x2 upper, upper, s, sign;  mov.b32 {$2, $3}, upper;
-        shl.b32 upper, $8, 4;  and.b32 upper, upper, sign;  shr.u32 lower, $8, 2;
-        lop3.b32 upper, lower, magnitude, upper, 0xEA;  fma.rn.bf16x2 upper, upper, s, sign;  mov.b32 {$4, $5}, upper;
-        and.b32 upper, $8, sign;  shr.u32 lower, $8, 6;
-        lop3.b32 upper, lower, magnitude, upper, 0xEA;  fma.rn.bf16x2 upper, upper, s, sign;  mov.b32 {$6, $7}, upper;
+        .reg .b32 zero, bits, pair, upper;
+        mov.b32 zero, 0x80008000;  mov.b32 bits, 0x81C081C0;  shr.u32 upper, $8, 8;
+        and.b32 pair, $8, 0x000F000F;     mul.lo.u32 pair, pair, 0x1040;  and.b32 pair, pair, bits;
+        fma.rn.bf16x2 pair, pair, $9, zero;  mov.b32 {$0, $1}, pair;
+        and.b32 pair, $8, 0x00F000F0;     mul.lo.u32 pair, pair, 0x0104;  and.b32 pair, pair, bits;
+        fma.rn.bf16x2 pair, pair, $9, zero;  mov.b32 {$2, $3}, pair;
+        and.b32 pair, upper, 0x000F000F;  mul.lo.u32 pair, pair, 0x1040;  and.b32 pair, pair, bits;
+        fma.rn.bf16x2 pair, pair, $9, zero;  mov.b32 {$4, $5}, pair;
+        and.b32 pair, upper, 0x00F000F0;  mul.lo.u32 pair, pair, 0x0104;  and.b32 pair, pair, bits;
+        fma.rn.bf16x2 pair, pair, $9, zero;  mov.b32 {$6, $7}, pair;
         }
         """,
         "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
@@ -90,7 +114,10 @@ def _unpack_word(word, scale):
 @triton.jit
 def unpack(words, scales, COLUMNS: tl.constexpr):
     """words [64, COLUMNS/8], E4M3 bytes [64, COLUMNS/16] -> bfloat16 [64, COLUMNS], the columns of every eight reordered."""
-    scale = tl.broadcast_to(scales.to(tl.int32)[:, :, None], (64, COLUMNS // 16, 2)).reshape(64, COLUMNS // 8)
+    scale = scales.to(tl.int32)
+    if not INTERPRET:
+        scale = _pairs_of_scales(scale)
+    scale = tl.broadcast_to(scale[:, :, None], (64, COLUMNS // 16, 2)).reshape(64, COLUMNS // 8)
     a, b, c, d, e, f, g, h = _unpack_word(words, scale)
     return tl.join(tl.join(tl.join(a, e), tl.join(c, g)), tl.join(tl.join(b, f), tl.join(d, h))).reshape(64, COLUMNS)
 
