@@ -105,7 +105,7 @@ def kernel_note(count: Count) -> str:
     from sass import LOOP
 
     most = ", ".join(f"{opcode} {n / count.issued.total():.0%}" for opcode, n in count.opcodes().most_common(3))
-    return f"{most}; a loop of {count.inner} counted once" if count.inner >= LOOP else most
+    return f"{most}; loop of {count.inner} counted once" if count.inner >= LOOP else most
 
 
 def kernel_rows(kernels: Mapping[str, Compiled], gpu: Gpu, reached: Reached) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""What the Triton kernels are made of: rounding to E2M1 and E4M3, four bytes of a word, and the random numbers, against `reference` and `philox`."""
+"""What the Triton kernels are made of: roundings, four bytes of a word and random numbers, against `reference` and `philox`."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 `forward` quantizes by a deterministic rule, `gradient_codes` and `saved_codes` make the rotated operands of the backward products, `matmul`
 multiplies; `gradient_values` and `saved_values` make those operands in bfloat16, for GPUs without FP4 tensor cores. `forward_*`, `eden_*`,
-`ms_eden`, `gradient_tiles`, `numbers`, `words`, `random` and `rotation` are what they are made of, `launch` what they ask of the GPU.
+`ms_eden`, `gradient_tiles`, `numbers`, `words`, `four_bytes`, `random` and `rotation` are what they are made of, `overlap` and `launch`
+what they ask of the GPU.
 All of it equals `quartet_compile.kernels.reference_ops` bit for bit, but for near-ties decided by the order of float32 additions in
 rotations and products.
 """

@@ -30,7 +30,7 @@ from quartet_compile.kernels.triton_kernels.forward_groups import load_groups, r
 from quartet_compile.kernels.triton_kernels.forward_words import origin_of, round_words_kernel
 from quartet_compile.kernels.triton_kernels.four_bytes import ONES, any_below, nonzero_bytes
 from quartet_compile.kernels.triton_kernels.launch import EXACT, empty_packed, is_aligned, launch, on_device_of, target_of
-from quartet_compile.kernels.triton_kernels.numbers import bits_of, tensor_scale
+from quartet_compile.kernels.triton_kernels.numbers import INTERPRET, bits_of, tensor_scale
 from quartet_compile.kernels.triton_kernels.overlap import wait_for_first
 
 _E2M1_MAX = tl.constexpr(E2M1_MAX)
@@ -41,8 +41,8 @@ _SCALE_OF_ZEROS = tl.constexpr(0x38)
 _SMALLEST_SCALE = tl.constexpr(13)
 """E4M3 byte of 1.625 * 2^-6: if four's scale is not below it, neither is six's below 2^-6, the smallest normal number."""
 
-_AT_A_TIME = tl.constexpr(64)
-"""Groups that are quantized again together: few, so that this rare path does not claim the registers."""
+_AT_A_TIME = tl.constexpr(256 if INTERPRET else 64)
+"""Groups that are quantized again together: few, so that this rare path does not claim the registers, which the interpreter has not."""
 
 BLOCK = 256
 """Groups of a program of the first pass, and of a magnitude that it writes."""
