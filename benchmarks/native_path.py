@@ -19,7 +19,7 @@ BF16, CODE, SCALE, PROVISIONAL = 2.0, 1 / 2, 1 / 16, 1 / 16 + 1 / 128
 """Bytes an element: its own, its code, its share of its group's E4M3 scale, and of what stands for it before alignment."""
 
 ROTATION_FLOPS = 2 * 64
-"""BF16 tensor-core operations an element: a product with a Hadamard matrix of 64 (`rotation`)."""
+"""BF16 tensor-core operations an element: a product with a Hadamard matrix of 64, twice as many on sm_100 and sm_103 (`rotation`)."""
 
 Constants = Mapping[str, Any]
 
@@ -101,7 +101,9 @@ class Compiled:
 def quantizers(capability: int) -> list[tuple[str, tuple[Pass, ...]]]:
     """All but the products, in order: the operand that is read, x [tokens, in], w [out, in] or e [tokens, out], and the launches."""
     saved = replace(SAVED, programs=saved_codes.resident(capability))
-    return [*((operand, (*FORWARD, SWIZZLE)) for operand in "xw"), ("e", QUANTIZE_GRADIENT), *((o, (saved, ALIGN_SAVED)) for o in "wx")]
+    launches = [*((operand, (*FORWARD, SWIZZLE)) for operand in "xw"), ("e", QUANTIZE_GRADIENT), *((o, (saved, ALIGN_SAVED)) for o in "wx")]
+    whole = 2 if capability // 10 == 10 else 1
+    return [(operand, tuple(replace(launch, flops=whole * launch.flops) for launch in of_operand)) for operand, of_operand in launches]
 
 
 def read(capability: int) -> dict[str, Compiled]:
