@@ -86,7 +86,7 @@ def test_symbolic_sizes_are_left_to_the_first_launch(dynamic: bool, monkeypatch:
 def test_a_worker_fills_the_cache_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     job = jobs_of(quartet.quantize_with_values.default, (256, 512), "four_over_six")[0]
-    precompile.compile_in_worker(job, 90, {"TRITON_CACHE_DIR": str(tmp_path)})
+    precompile.compile_in_worker(job, 90, precompile.Toolchain.of_this_process(90, str(tmp_path)))
     assert [path.name for path in tmp_path.rglob("*.cubin")] == ["round_words_kernel.cubin"]
 
 
@@ -106,14 +106,28 @@ def jobs_of_a_step() -> list[precompile.Job]:
         return [job for op, *arguments in calls for job in precompile.rehearse(ops.ON_GPU[op.default], arguments)]
 
 
-PARENT = """
-import time, torch, triton
+PARENT = '''
+import os, time, torch, triton
+from triton.backends.nvidia.compiler import get_ptxas_version
 from test_precompile import jobs_of_a_step
 from fake_gpu import fake_gpu
 from torch._inductor.async_compile import AsyncCompile
 from quartet_compile.kernels.triton_kernels import precompile
 
+def change_assembler():
+    """As Inductor does at some time: Triton has read the version of another one by then, and remembers it."""
+    tools = triton.knobs.nvidia
+    get_ptxas_version(90)
+    with open("ptxas", "w") as script:
+        print(f"""#!/bin/sh
+    [ "$1" = --version ] && echo another one
+    exec {tools.ptxas_blackwell.path} "$@"
+    """, file=script)
+    os.chmod("ptxas", 0o755)
+    os.environ["TRITON_PTXAS_PATH"] = os.environ["TRITON_PTXAS_BLACKWELL_PATH"] = os.path.abspath("ptxas")
+
 if __name__ == "__main__":
+    change_assembler()
     jobs = jobs_of_a_step()
     for _ in range(240):
         if AsyncCompile.use_process_pool():
@@ -125,7 +139,7 @@ if __name__ == "__main__":
         triton.knobs.compilation.listener = lambda *, src, cache_hit, **rest: print(src.fn.__name__, "found" if cache_hit else "compiled")
         for module, name, values, options in reversed(jobs):
             precompile._kernel(module, name).warmup(*values, grid=(1,), **options)
-"""
+'''
 
 
 @pytest.mark.slow
@@ -136,7 +150,7 @@ def test_a_launch_finds_what_a_worker_compiled(tmp_path: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "2", "TRITON_INTERPRET": "0",
     }  # fmt: skip
-    done = subprocess.run([sys.executable, str(tmp_path / "parent.py")], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(tmp_path / "parent.py")], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     submitted, *kernels = done.stdout.splitlines()
     assert submitted == "9 submitted {None}"

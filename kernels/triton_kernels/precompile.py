@@ -4,7 +4,8 @@ Triton compiles a kernel at its first launch, one after the other, a second each
 operator is *rehearsed* on fake tensors, with `launch.launch` noting kernels instead of launching them. Workers then compile for the same
 argument types and leave the binaries in Triton's cache on disk, where the first launch finds them.
 
-Nothing depends on it: what was not rehearsed (sizes that are symbolic) or failed is compiled at its first launch, as ever.
+The first launch finds a binary by a hash over sources, options and tools, which has to come out the same in both processes (`Toolchain`,
+`launch.hash_in_order`). Nothing depends on it: what was not rehearsed (sizes that are symbolic) or failed is compiled at its first launch, as ever.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
+from triton.backends.nvidia import compiler
 
 from quartet_compile.kernels.triton_kernels import launch
 
@@ -26,6 +30,34 @@ log = logging.getLogger("quartet_compile")
 
 Job = tuple[str, str, tuple[Any, ...], dict[str, Any]]
 """Module and name of a kernel, its arguments with tensors as their dtypes, and its constants and options."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """The assembler and the cache folder of a process.
+
+    Inductor chooses another assembler in its workers, and sooner or later in the process that it runs in, than Triton does by itself. Triton
+    remembers the version of the first one that it asked, and a binary's hash contains that version, whatever assembled it.
+    """
+
+    ptxas: str
+    ptxas_blackwell: str
+    version: str
+    cache: str
+
+    @staticmethod
+    def of_this_process(capability: int, cache: str) -> Toolchain:
+        tools = triton.knobs.nvidia
+        return Toolchain(tools.ptxas.path, tools.ptxas_blackwell.path, compiler.get_ptxas_version(capability), cache)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """Have Triton use it, and remember this version."""
+        variables = {
+            "TRITON_PTXAS_PATH": self.ptxas, "TRITON_PTXAS_BLACKWELL_PATH": self.ptxas_blackwell, "TRITON_CACHE_DIR": self.cache,
+        }  # fmt: skip
+        with mock.patch.dict(os.environ, variables), mock.patch.object(compiler, "get_ptxas_version", lambda arch=80: self.version):
+            yield
 
 
 def rehearse(operator: Callable[..., Any], arguments: Iterable[Any]) -> list[Job]:
@@ -61,15 +93,9 @@ def submit(jobs: Iterable[Job], device: torch.device) -> list[Future[None]]:
         return []
     pool = AsyncCompile.process_pool()
     index = device.index or 0
-    # Inductor gives its workers another ptxas than Triton takes by itself, and a binary is known by the one that made it.
-    tools = triton.knobs.nvidia
-    environment = {
-        "TRITON_CACHE_DIR": triton_cache_dir(index),
-        "TRITON_PTXAS_PATH": tools.ptxas.path,
-        "TRITON_PTXAS_BLACKWELL_PATH": tools.ptxas_blackwell.path,
-    }
     capability = launch.device_target(torch.device("cuda", index)).capability
-    futures = [pool.submit(compile_in_worker, job, capability, environment) for job in jobs]
+    here = Toolchain.of_this_process(capability, triton_cache_dir(index))
+    futures = [pool.submit(compile_in_worker, job, capability, here) for job in jobs]
     launch.pending.extend(futures)
     return futures
 
@@ -95,28 +121,11 @@ class _Target:
         return 0
 
 
-def compile_in_worker(job: Job, capability: int, environment: dict[str, str]) -> None:
-    """Compile one kernel into Triton's cache on disk, with Triton's environment variables as they are where it will be launched."""
+def compile_in_worker(job: Job, capability: int, toolchain: Toolchain) -> None:
+    """Compile one kernel into Triton's cache on disk, as the process would that launches it."""
     module, name, values, options = job
-    with _environment(environment), _driver(_Target(capability)):
+    with toolchain.used(), _driver(_Target(capability)):
         _kernel(module, name).warmup(*values, grid=(1,), **options)
-
-
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    from triton.backends.nvidia.compiler import get_ptxas_version
-
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    get_ptxas_version.cache_clear()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-        get_ptxas_version.cache_clear()
 
 
 @contextmanager
