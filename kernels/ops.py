@@ -110,9 +110,9 @@ def _shape(codes: Tensor) -> tuple[int, int]:
 def packed_like(like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Empty codes, scales and tensor scale of a matrix with this many (padded) columns."""
     return (
-        like.new_empty((rows, columns // 2), dtype=torch.uint8),
-        like.new_empty((rows, columns // GROUP), dtype=torch.float8_e4m3fn),
-        like.new_empty((), dtype=torch.float32),
+        torch.empty((rows, columns // 2), dtype=torch.uint8, device=like.device),
+        torch.empty((rows, columns // GROUP), dtype=torch.float8_e4m3fn, device=like.device),
+        torch.empty((), dtype=torch.float32, device=like.device),
     )
 
 
@@ -156,7 +156,7 @@ def _matmul_fake(
     check_packed("matmul", a_codes, a_scales, a_tensor_scale)
     check_packed("matmul", b_codes, b_scales, b_tensor_scale)
     check_product("matmul", _shape(a_codes), _shape(b_codes), bias, out_dtype)
-    return a_codes.new_empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
+    return torch.empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype, device=a_codes.device)
 
 
 # ---------------------------------------------------------------- devices

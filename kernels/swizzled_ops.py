@@ -82,7 +82,7 @@ def _matmul_swizzled_fake(
     _check_operand(a_codes, a_scales, a_tensor_scale)
     _check_operand(b_codes, b_scales, b_tensor_scale)
     _check_product(a_codes, b_codes, bias, out_dtype)
-    return a_codes.new_empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype)
+    return torch.empty((a_codes.shape[0], b_codes.shape[0]), dtype=out_dtype, device=a_codes.device)
 
 
 def _flat(packed: tuple[Tensor, ...], order: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:

@@ -89,19 +89,19 @@ def _quantize_with_values_fake(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Te
     ops.check_operand("quantize_with_values", x)
     ops.check_rule("quantize_with_values", rule, ops.FORWARD_RULES)
     columns = ceil_to(x.shape[1], GROUP)
-    return *ops.packed_like(x, x.shape[0], columns), x.new_empty((x.shape[0], columns), dtype=torch.bfloat16)
+    return *ops.packed_like(x, x.shape[0], columns), torch.empty((x.shape[0], columns), dtype=torch.bfloat16, device=x.device)
 
 
 @torch.library.register_fake("quartet::quantize_values", lib=_library)
 def _quantize_values_fake(x: Tensor, rule: str) -> Tensor:
     ops.check_operand("quantize_values", x)
     ops.check_rule("quantize_values", rule, ops.FORWARD_RULES)
-    return x.new_empty((x.shape[0], ceil_to(x.shape[1], GROUP)), dtype=torch.bfloat16)
+    return torch.empty((x.shape[0], ceil_to(x.shape[1], GROUP)), dtype=torch.bfloat16, device=x.device)
 
 
 @torch.library.register_fake("quartet::rotations", lib=_library)
 def _rotations_fake(seeds: Tensor) -> Tensor:
-    return seeds.new_empty((seeds.shape[0], 2, ROTATION // 2, ROTATION // 2), dtype=torch.bfloat16)
+    return torch.empty((seeds.shape[0], 2, ROTATION // 2, ROTATION // 2), dtype=torch.bfloat16, device=seeds.device)
 
 
 @torch.library.register_fake("quartet::grad_values", lib=_library)
@@ -110,7 +110,7 @@ def _grad_values_fake(e: Tensor, rotations: Tensor, seeds: Tensor, index: int, r
     ops.check_rule("grad_values", rule, ops.BACKWARD_RULES)
     _check_scale("grad_values", scale)
     rows, columns = (e.shape[1], e.shape[0]) if transpose else (e.shape[0], e.shape[1])
-    return e.new_empty((rows, ceil_to(columns, ROTATION)), dtype=torch.bfloat16)
+    return torch.empty((rows, ceil_to(columns, ROTATION)), dtype=torch.bfloat16, device=e.device)
 
 
 @torch.library.register_fake("quartet::grad_values_both", lib=_library)
@@ -128,13 +128,13 @@ def _requantize_values_fake(
     ops.check_packed("requantize_values", codes, scales, tensor_scale)
     ops.check_columns("requantize_values", codes, columns)
     ops.check_rule("requantize_values", rule, ops.BACKWARD_RULES)
-    return codes.new_empty((columns, ceil_to(codes.shape[0], ROTATION)), dtype=torch.bfloat16)
+    return torch.empty((columns, ceil_to(codes.shape[0], ROTATION)), dtype=torch.bfloat16, device=codes.device)
 
 
 @torch.library.register_fake("quartet::matmul_values", lib=_library)
 def _matmul_values_fake(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     _check_values(a, b, bias, out_dtype)
-    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
+    return torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=a.device)
 
 
 # ---------------------------------------------------------------- CPU: in terms of the packed operators, for tests

@@ -150,7 +150,8 @@ def test_a_launch_finds_what_a_worker_compiled(tmp_path: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "2", "TRITON_INTERPRET": "0",
     }  # fmt: skip
-    done = subprocess.run([sys.executable, str(tmp_path / "parent.py")], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, str(tmp_path / "parent.py")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     submitted, *kernels = done.stdout.splitlines()
     assert submitted == "9 submitted {None}"

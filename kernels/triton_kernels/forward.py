@@ -101,10 +101,17 @@ def _store_chunk(word, scales, chunk, offset, present, groups, FOURS: tl.constex
 
 
 @triton.jit
+def _load_magnitudes(peaks, i, present):
+    """Magnitude bits of blocks; those of a bfloat16 matrix are stored as their upper halves."""
+    bits = tl.load(peaks + i, mask=present, other=0).to(tl.int32)
+    return bits << 16 if peaks.dtype.element_ty == tl.int16 else bits
+
+
+@triton.jit
 def _origins(peaks, chunk, row, blocks, CHUNK: tl.constexpr, BLOCK: tl.constexpr, REPAIRED: tl.constexpr):
     """What the provisional scales of each run of REPAIRED groups count from."""
     block = chunk * (CHUNK // BLOCK) + row // (BLOCK // REPAIRED)
-    return origin_of(tl.load(peaks + block, mask=block < blocks, other=0))
+    return origin_of(_load_magnitudes(peaks, block, block < blocks))
 
 
 @triton.jit
@@ -129,10 +136,10 @@ def align_scales_kernel(
     following_origins = _origins(peaks, start, row, blocks, CHUNK, BLOCK, REPAIRED)
     whole = blocks // 16 * 16  # as many as can be loaded four at a time
     rest = whole + tl.arange(0, 16)
-    largest = tl.zeros((WIDTH,), tl.int32) + tl.max(tl.load(peaks + rest, mask=rest < blocks, other=0), 0)
+    largest = tl.zeros((WIDTH,), tl.int32) + tl.max(_load_magnitudes(peaks, rest, rest < blocks), 0)
     for first_peak in range(0, whole, WIDTH):
         i = first_peak + tl.arange(0, WIDTH)
-        largest = tl.maximum(largest, tl.load(peaks + i, mask=i < whole, other=0))
+        largest = tl.maximum(largest, _load_magnitudes(peaks, i, i < whole))
     g, finite = tensor_scale(tl.max(largest, 0), CEILING, _E2M1_MAX)
     if start == 0:
         tl.store(out_tensor_scale, tl.where(finite, g, float("nan")))
@@ -148,7 +155,7 @@ def align_scales_kernel(
         nonzero = nonzero_bytes(provisional)
         word = provisional + nonzero * added[:, None] + (ONES - nonzero) * _SCALE_OF_ZEROS
         _store_chunk(word, scales, chunk, offset, (again == 0)[:, None], groups, FOURS, CHUNK)
-        marked = tl.sum(again << row, 0)
+        marked = tl.sum(again.to(tl.int64) << row, 0)
         if marked != 0:
             first = tl.cast(chunk, tl.int64) * CHUNK
             for r in range(CHUNK // REPAIRED):
@@ -178,7 +185,7 @@ def _quantize(x: Tensor, rule: str, with_codes: bool, with_values: bool) -> tupl
     raw_scales, raw_values = scales.view(torch.uint8), values.view(torch.int16)
     in_words = x.dtype == torch.bfloat16 and columns % GROUP == 0 and is_aligned(x)
     blocks = ceil_div(groups, BLOCK)
-    peaks = torch.empty(blocks, dtype=torch.int32, device=x.device)
+    peaks = torch.empty(blocks, dtype=torch.int16 if in_words else torch.int32, device=x.device)
     forms = {"FOUR": rule == "four_over_six", "CODES": with_codes, "VALUES": with_values, "EARLY": target.early, "BLOCK": BLOCK}
     shape = (groups, columns, scales.shape[1])
     shape_forms = {"RAGGED": columns % GROUP != 0, "NATIVE": target.native}

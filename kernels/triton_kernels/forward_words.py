@@ -91,7 +91,8 @@ def round_words_kernel(
     FOUR: tl.constexpr, CODES: tl.constexpr, VALUES: tl.constexpr, NATIVE: tl.constexpr, EARLY: tl.constexpr, XORSIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """x: words int32 [groups, 8] -> codes int32 [groups, 2] and values as words, provisional scales u8, magnitude bits of each block.
+    """x: words int32 [groups, 8] -> codes int32 [groups, 2] and values as words, provisional scales u8, and of each block's magnitude bits
+    the upper half, int16: the lower one is zero.
 
     CODES, VALUES: which of them are asked for; NATIVE: codes alone. A thread owns whole groups, nothing but the block's maximum crosses
     threads.
@@ -109,7 +110,7 @@ def round_words_kernel(
         largest = max_magnitude2(largest, w[j], XORSIGN)
     peak = largest_bits(largest)
     block_peak = tl.max(peak, 0)
-    tl.store(peaks + tl.program_id(0), block_peak)
+    tl.store(peaks + tl.program_id(0), (block_peak >> 16).to(tl.int16))
 
     binade = peak & FINITE
     unit = from_bits(-binade & 0x7FFFFFFF)  # 4 / 2^e where the largest number is in [2^e, 2^(e+1)); zero for a zero group

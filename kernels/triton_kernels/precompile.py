@@ -5,7 +5,8 @@ operator is *rehearsed* on fake tensors, with `launch.launch` noting kernels ins
 argument types and leave the binaries in Triton's cache on disk, where the first launch finds them.
 
 The first launch finds a binary by a hash over sources, options and tools, which has to come out the same in both processes (`Toolchain`,
-`launch.hash_in_order`). Nothing depends on it: what was not rehearsed (sizes that are symbolic) or failed is compiled at its first launch, as ever.
+`launch.hash_in_order`). Nothing depends on it: what was not rehearsed (sizes that are symbolic) or failed is compiled at its first launch,
+as ever.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ Job = tuple[str, str, tuple[Any, ...], dict[str, Any]]
 class Toolchain:
     """The assembler and the cache folder of a process.
 
-    Inductor chooses another assembler in its workers, and sooner or later in the process that it runs in, than Triton does by itself. Triton
-    remembers the version of the first one that it asked, and a binary's hash contains that version, whatever assembled it.
+    Inductor chooses another assembler than Triton does by itself: at once in its workers, sooner or later in the process that it runs in.
+    Triton remembers the version of the first one that it asked, and a binary's hash contains that version, whatever assembled it.
     """
 
     ptxas: str
@@ -56,7 +57,8 @@ class Toolchain:
         variables = {
             "TRITON_PTXAS_PATH": self.ptxas, "TRITON_PTXAS_BLACKWELL_PATH": self.ptxas_blackwell, "TRITON_CACHE_DIR": self.cache,
         }  # fmt: skip
-        with mock.patch.dict(os.environ, variables), mock.patch.object(compiler, "get_ptxas_version", lambda arch=80: self.version):
+        version = mock.patch.object(compiler, "get_ptxas_version", return_value=self.version)
+        with mock.patch.dict(os.environ, variables), version:
             yield
 
 
