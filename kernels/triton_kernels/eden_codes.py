@@ -153,14 +153,18 @@ def exact_codes(y, peak_bits, seed, first_row, i, block, STREAM: tl.constexpr, N
 
 @triton.jit
 def _store_group(codes, scales, present, front, back, byte):
-    """A group of a thread: 8 bytes of codes, one of scales. tl.store would pass them through shared memory first."""
+    """A group of a thread: 8 bytes of codes, one of scales, which the L2 cache shall keep for the second launch.
+
+    tl.store would pass them through shared memory first.
+    """
     tl.inline_asm_elementwise(
         """
         {
-        .reg .pred present;
+        .reg .pred present;  .reg .b64 keep;
         setp.ne.b32 present, $3, 0;
+        createpolicy.fractional.L2::evict_last.b64 keep, 1.0;
         @present st.global.v2.b32 [$1], {$4, $5};
-        @present st.global.u8 [$2], $6;
+        @present st.global.L1::evict_last.L2::cache_hint.u8 [$2], $6, keep;
         mov.b32 $0, 0;
         }
         """,
@@ -200,7 +204,7 @@ def store_provisional(front, back, s_bits, codes, scales, exponents, tile, first
     largest = tl.max(s_bits, 1) >> 23
     bytes_ = tl.where(s_bits != 0, tl.maximum((s_bits >> 20) - (largest * 8 - 248)[:, None], 1), 0)
     store_groups(front, back, bytes_, codes, scales, first_row, i, rows, block, blocks)
-    tl.store(exponents + tile * n + tl.arange(0, n), largest.to(tl.uint8))
+    tl.store(exponents + tile * n + tl.arange(0, n), largest.to(tl.uint8), eviction_policy="evict_last")
 
 
 @triton.jit

@@ -128,5 +128,6 @@ def round_any_kernel(
         byte = tl.where(four[:, None], byte4, byte)
     byte = tl.where((peak != 0)[:, None], byte, 0)
     s_bits = bits_of(s) + binade - 0x40800000
-    tl.store(scales + first + i, provisional_scale(s_bits, peak, block_peak).to(tl.uint8), mask=first + i < groups)
+    byte_of_scale = provisional_scale(s_bits, peak, block_peak).to(tl.uint8)
+    tl.store(scales + first + i, byte_of_scale, mask=first + i < groups, eviction_policy="evict_last")
     store_codes_and_values(codes, values, first, groups, byte, from_bits(s_bits & 0x7FFFFFFF), CODES, VALUES, BLOCK)

@@ -94,6 +94,8 @@ def round_words_kernel(
     """x: words int32 [groups, 8] -> codes int32 [groups, 2] and values as words, provisional scales u8, and of each block's magnitude bits
     the upper half, int16: the lower one is zero.
 
+    The L2 cache shall keep the scales for the second pass rather than what nobody reads again.
+
     CODES, VALUES: which of them are asked for; NATIVE: codes alone. A thread owns whole groups, nothing but the block's maximum crosses
     threads.
     """
@@ -103,8 +105,9 @@ def round_words_kernel(
     i = tl.minimum(tl.arange(0, BLOCK), groups - 1 - first)
     n = (first + i).to(tl.int64)
     offsets = n[:, None] * 8 + tl.arange(0, 4)[None, :]
-    w = four_words(tl.load(x + offsets), BLOCK)
-    w = w + four_words(tl.load(x + offsets + 4), BLOCK)
+    ONCE: tl.constexpr = "" if VALUES else "evict_first"  # with values to write as well, the other one is faster
+    w = four_words(tl.load(x + offsets, eviction_policy=ONCE), BLOCK)
+    w = w + four_words(tl.load(x + offsets + 4, eviction_policy=ONCE), BLOCK)
     largest = w[0]
     for j in tl.static_range(1, 8):
         largest = max_magnitude2(largest, w[j], XORSIGN)
@@ -153,7 +156,7 @@ def round_words_kernel(
     s_bits = bits_of(minus_s) + binade + (0x80000000 - PEAK_BITS)  # wraps: without the sign, and from the unit to x's
     if CODES:
         tl.store(codes + n[:, None] * 2 + tl.arange(0, 2)[None, :], tl.join(front, back))
-    tl.store(scales + n, provisional_scale(s_bits, peak, block_peak).to(tl.uint8))
+    tl.store(scales + n, provisional_scale(s_bits, peak, block_peak).to(tl.uint8), eviction_policy="evict_last")
     if VALUES:
         factor = twice(from_bits(s_bits & 0x7FFFFFFF))  # a zero group: +0 times something finite
         out = ()
