@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from ctypes.util import find_library
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -127,7 +128,15 @@ def compile_in_worker(job: Job, capability: int, toolchain: Toolchain) -> None:
     """Compile one kernel into Triton's cache on disk, as the process would that launches it."""
     module, name, values, options = job
     with toolchain.used(), _driver(_Target(capability)):
-        _kernel(module, name).warmup(*values, grid=(1,), **options)
+        _build_launcher(_kernel(module, name).warmup(*values, grid=(1,), **options))
+
+
+def _build_launcher(binary: Any) -> None:
+    """What launches it: up to Triton 3.6 a module of its own in C, which takes a C compiler and CUDA's driver library."""
+    from triton.backends.nvidia import driver
+
+    if hasattr(driver, "make_launcher") and find_library("cuda"):
+        driver.CudaLauncher(binary.src, binary.metadata)
 
 
 @contextmanager
