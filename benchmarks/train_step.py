@@ -10,7 +10,7 @@
 Models are the demo's GPT (examples/gpt_model.py): "demo" is its preset gpu, "llama-1b" has the sizes of Llama 3.2 1B, without grouped
 queries and with a smaller vocabulary. A step is forward, cross-entropy, backward and fused AdamW on random tokens. The same parameters
 are trained in turns, compiled with backend="inductor" and with backend="quartet":
-    first step s   wall time of the first step with empty compilation caches, mostly compilation
+    first step s   wall time of the first step with empty compilation caches and nothing else compiled, mostly compilation
     step ms        median over blocks of a few steps, the backends taking turns; the host waits for the GPU at the end of a block only
     speed          BF16 time / quartet time: 1 is as fast as BF16
     peak GiB       most memory at once in a step; parameters and optimizer states are in it
@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from measuring import Timing, command_line, device_of, environment, progress, table, write_json
@@ -103,9 +105,10 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def cold(run: Callable[[], object], device: torch.device, folder: str) -> float:
-    """Wall time with empty caches of Inductor and Triton; what they are filled with stays in `folder`."""
-    from torch._inductor.utils import fresh_cache
+@contextlib.contextmanager
+def caches_in(folder: Path) -> Iterator[None]:
+    """Inductor's and Triton's caches in a folder, with nothing of them in memory."""
+    from torch._inductor.utils import clear_caches
 
     for name, module in list(sys.modules.items()):
         if name.startswith("quartet_compile.kernels.triton_kernels"):
@@ -114,8 +117,18 @@ def cold(run: Callable[[], object], device: torch.device, folder: str) -> float:
                     value.device_caches.clear()
             if name.endswith(".launch"):
                 module.forget_binaries()
-    with fresh_cache(dir=folder, delete=False):
-        return seconds_of(run, device)
+    clear_caches()
+    with mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=str(folder), TRITON_CACHE_DIR=str(folder / "triton")):
+        yield
+    clear_caches()
+
+
+def forget_compiled(device: torch.device) -> None:
+    """What is left of earlier compilations costs the next one time: memory, and rounds of the garbage collector."""
+    torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def allocated(device: torch.device) -> int:
@@ -166,16 +179,25 @@ def measure(name: str, case: Case, device: torch.device, blocks: int, steps: int
     runs: dict[str, Callable[[], None]] = {}
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for key, settings in backends(arguments).items():
+        compiled = {key: partial(torch.compile, trained.model, dynamic=False, **settings) for key, settings in backends(arguments).items()}
+        caches = {key: Path(folder, str(i)) for i, key in enumerate(compiled)}
+        first_step = {}
+        for key, compile_model in compiled.items():
             progress(f"{name}: compiling with {key}")
+            forget_compiled(device)
+            with caches_in(caches[key]):
+                first_step[key] = seconds_of(partial(trained.step, compile_model()), device)
+        forget_compiled(device)
+        for key, compile_model in compiled.items():
             others = allocated(device) - own  # the other backend's CUDA graphs, for one
-            runs[key] = partial(trained.step, torch.compile(trained.model, dynamic=False, **settings))
+            runs[key] = partial(trained.step, compile_model())
             rows[key] = {
                 "model": name, "parameters": trained.model.parameter_count(), "backend": key, "tokens": case.tokens,
-                "dtype": arguments.dtype, "mode": arguments.mode, "first_step_seconds": cold(runs[key], device, folder),
+                "dtype": arguments.dtype, "mode": arguments.mode, "first_step_seconds": first_step[key],
             }  # fmt: skip
-            for _ in range(3):  # warm up, CUDA graphs included
-                runs[key]()
+            with caches_in(caches[key]):
+                for _ in range(4):  # once to compile, from the caches, then to warm up, CUDA graphs included
+                    runs[key]()
             rows[key]["peak_bytes"] = peak_bytes(runs[key], device, others)
         progress(f"{name}: timing")
         samples: dict[str, list[float]] = {key: [] for key in runs}
