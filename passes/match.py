@@ -1,8 +1,9 @@
 """Step 1: find every linear of a joint graph, with its three products.
 
-A linear is a matrix product of an activation with a parameter. Its forward is `mm` or `addmm`; its gradients are the backward `mm` nodes
-that carry the same autograd sequence number and read the same weight (dgrad) or the same activation (wgrad). Both signs must agree:
-the number alone also names nodes we do not know, and the structure alone cannot tell two uses of one weight apart.
+A linear is a matrix product of an activation with a parameter. Its forward is `mm`, `addmm` or, for each matrix of a batch, `bmm`, with the
+weight on either side; its gradients are the backward `mm` or `bmm` nodes that carry the same autograd sequence number and read the same
+weight (dgrad) or the same activation (wgrad). Both signs must agree: the number alone also names nodes we do not know, and the structure
+alone cannot tell two uses of one weight apart.
 
 Products of an activation with something that stems from a parameter, but in a form that is not rewritten, come back as `Unsupported`,
 so that every linear is accounted for.
@@ -10,14 +11,16 @@ so that every linear is accounted for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from quartet_compile.kernels.ops import OPERAND_DTYPES
 from quartet_compile.passes.locate import Place, locate
+from quartet_compile.passes.operand import Operand, operand
 from quartet_compile.passes.provenance import Kind, Origin, dynamo_input_index, origins
 
 aten = torch.ops.aten
@@ -26,22 +29,10 @@ PRODUCTS = {
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.addmv.default,
     aten._grouped_mm.default, aten._scaled_mm.default,
 }  # fmt: skip
-"""Every operator that multiplies matrices; only the first two are rewritten."""
+"""Every operator that multiplies matrices."""
 
-TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
-ALIASES = {aten.alias.default, aten.detach.default}
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A matrix [rows, columns] that is `base`, or its transpose. Looking through transposes makes equal operands compare equal."""
-
-    base: Node
-    transposed: bool
-
-    @property
-    def t(self) -> Operand:
-        return Operand(self.base, not self.transposed)
+REWRITTEN: dict[Any, Any] = {aten.mm.default: aten.mm.default, aten.addmm.default: aten.mm.default, aten.bmm.default: aten.bmm.default}
+"""The operators that are rewritten, and the operator that their gradients are."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,11 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Site:
-    """One linear: x [T, I] times w [O, I] transposed, plus bias [O]."""
+    """One linear: x [T, I] times w [O, I] transposed, plus bias [O].
+
+    forward: the node that holds y [T, O] or, transposed, y [O, T]. Of a batched product the site is one matrix, number `batch` of all its
+    tensors. computed: the weight is computed from parameters. embeds: an embedding reads the same parameter.
+    """
 
     place: Place
     forward: Node
@@ -66,14 +61,24 @@ class Site:
     parameters: frozenset[Node]
     dgrad: Gradient | None = None
     wgrad: Gradient | None = None
+    transposed: bool = False
+    computed: bool = False
     embeds: bool = False
-    """True where an embedding reads the same parameter."""
 
     @property
     def shape(self) -> tuple[int | torch.SymInt, int | torch.SymInt, int | torch.SymInt]:
         """T, I, O."""
-        tokens, features = _shape(self.x)
-        return tokens, features, _shape(self.w)[0]
+        return *self.x.shape, self.w.shape[0]
+
+    @property
+    def batch(self) -> int | None:
+        return self.x.batch
+
+    @property
+    def name(self) -> str:
+        """That of its place; of several matrices of a batch, with the number of this one."""
+        several = self.batch is not None and int(self.forward.meta["val"].shape[0]) > 1
+        return f"{self.place.name}[{self.batch}]" if several else self.place.name
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,7 @@ def match(graph: Graph, parameters: Mapping[int, str]) -> list[Site | Unsupporte
     for node in graph.nodes:
         if node.op == "call_function" and node.target in PRODUCTS and node not in backward:
             # A product without gradients has the number of the differentiable one before it, so the first one owns what carries it.
-            linear = _match_forward(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), embedded)
-            if linear is not None:
-                found.append(linear)
+            found += _match_product(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), embedded)
     return found
 
 
@@ -116,70 +119,63 @@ def backward_nodes(graph: Graph) -> set[Node]:
     return found
 
 
-def operand(node: Node) -> Operand:
-    """A matrix, looking through transposes and aliases."""
-    transposed = False
-    while True:
-        if node.target in ALIASES:
-            node = node.all_input_nodes[0]
-        elif node.target in TRANSPOSES and node.meta["val"].dim() == 2 and _swaps(node):
-            node, transposed = node.all_input_nodes[0], not transposed
-        else:
-            return Operand(node, transposed)
-
-
-def _swaps(node: Node) -> bool:
-    """False for a permutation that leaves a matrix as it is."""
-    if node.target is aten.permute.default:
-        return [d % 2 for d in node.args[1]] == [1, 0]  # type: ignore[union-attr, operator]
-    return node.target is aten.t.default or node.args[1] % 2 != node.args[2] % 2  # type: ignore[operator]
-
-
-def _shape(o: Operand) -> tuple[int | torch.SymInt, int | torch.SymInt]:
-    rows, columns = o.base.meta["val"].shape
-    return (columns, rows) if o.transposed else (rows, columns)
-
-
-def _match_forward(
+def _match_product(
     node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, str], gradients: list[Node], embedded: set[Node]
-) -> Site | Unsupported | None:
-    """A site, a reason why not, or None for a product that no parameter enters as a weight."""
+) -> Sequence[Site | Unsupported]:
+    """The sites of a product, or a reason why not; nothing for a product that no parameter enters as a weight."""
     bias, left, right = _arguments(node)
     kinds = origin[left].kind, origin[right].kind
     weights = origin[left].parameters | origin[right].parameters
     if not weights or (Kind.ACTIVATION not in kinds and kinds[1] is not Kind.PARAMETER):
-        return None
+        return []
     indices = (dynamo_input_index(w) for w in weights)
     place = locate(node, [parameters[i] for i in indices if i is not None])
+    on_the_left = kinds[1] is Kind.ACTIVATION
+    weight = left if on_the_left else right
+    if reason := _unsupported(node, kinds, bias, weight, on_the_left):
+        return [Unsupported(place, node, reason)]
+    batches = range(int(node.meta["val"].shape[0])) if node.target is aten.bmm.default else [None]
+    computed, embeds = origin[weight].kind is Kind.COMPUTED, bool(weights & embedded)
+    found: list[Site | Unsupported] = []
+    for batch in batches:
+        x, w = operand(left, batch), operand(right, batch).t
+        if on_the_left:  # y^T = w x^T
+            x, w = w, x
+        site = Site(place, node, x, w, bias, weights, transposed=on_the_left, computed=computed, embeds=embeds)
+        found.append(_match_backward(site, gradients))
+    return found
 
-    def unsupported(reason: str) -> Unsupported:
-        return Unsupported(place, node, reason)
 
+def _unsupported(node: Node, kinds: tuple[Kind, Kind], bias: Node | None, weight: Node, on_the_left: bool) -> str:
+    """Why a product with a parameter in it cannot be rewritten, or ""."""
     if Kind.ACTIVATION not in kinds:
-        return unsupported("its input is made of parameters or constants, not an activation")
-    if Kind.COMPUTED in kinds:
-        return unsupported("its weight is computed from parameters, not a parameter itself")
-    if node.target not in (aten.mm.default, aten.addmm.default):
-        return unsupported(f"its product is {node.target}, which is not rewritten")
-    if kinds[0] is Kind.PARAMETER:
-        return unsupported("the weight is the left operand of its product (w @ x)")
+        return "its input is made of parameters or constants, not an activation"
+    if node.target not in REWRITTEN:
+        return f"its product is {node.target}, which is not rewritten"
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-        return unsupported("its addmm scales the product or the bias (alpha, beta)")
-    dtypes = {n.meta["val"].dtype for n in (node, left, right)}
+        return "its addmm scales the product or the bias (alpha, beta)"
+    dtypes = {n.meta["val"].dtype for n in node.all_input_nodes if n is not bias} | {node.meta["val"].dtype}
     if not dtypes <= set(OPERAND_DTYPES):
-        return unsupported(f"its dtype is {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}")
+        return f"its dtype is {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
+    if bias is not None and on_the_left:
+        return "its addmm has the weight on the left of the product (bias + w @ x)"
     if bias is not None and bias.meta["val"].shape != node.meta["val"].shape[1:]:
-        return unsupported(f"its bias has the shape {list(bias.meta['val'].shape)}, not one number a feature")
-    site = Site(place, node, operand(left), operand(right).t, bias, weights, embeds=bool(weights & embedded))
-    return _match_backward(site, gradients)
+        return f"its bias has the shape {list(bias.meta['val'].shape)}, not one number a feature"
+    if node.target is aten.bmm.default:
+        count = node.meta["val"].shape[0]
+        if not isinstance(count, int):
+            return "it is a batch of products whose number is dynamic"
+        if count > 1 and weight.meta["val"].stride(0) == 0:
+            return "its weight is expanded over a batch; multiply by the two-dimensional weight instead"
+    return ""
 
 
 def _match_backward(site: Site, gradients: list[Node]) -> Site | Unsupported:
     dgrad, wgrad = None, None
     for node in gradients:
-        bias, left_node, right_node = _arguments(node)
-        left, right = operand(left_node), operand(right_node)
-        plain = bias is None and node.target is aten.mm.default
+        _, left_node, right_node = _arguments(node)
+        left, right = operand(left_node, site.batch), operand(right_node, site.batch)
+        plain = node.target is REWRITTEN[site.forward.target]
         if plain and right == site.w and dgrad is None:
             dgrad = Gradient(node, left)
         elif plain and left == site.w.t and dgrad is None:  # of an x that is stored transposed

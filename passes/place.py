@@ -124,6 +124,8 @@ def _requested(at: Place, policy: Policy) -> tuple[object, str]:
 
 def _default_reason(site: Site, policy: Policy) -> str:
     """Why the defaults leave a linear alone, or ""."""
+    if site.computed:
+        return "its weight is computed from parameters; quartet.include or a recipe of its own lifts this"
     parts = site.place.name.split(".")
     if site.embeds:
         return "its weight is also an embedding"

@@ -19,7 +19,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from quartet_compile.passes.match import Operand, backward_nodes, operand
+from quartet_compile.passes.match import backward_nodes
+from quartet_compile.passes.operand import Operand, operand
 from quartet_compile.passes.provenance import LAYOUT_OPS, dynamo_input_index
 
 CHOICES = ("none", "weights", "operands")

@@ -8,6 +8,8 @@ Both operands of a backward product name the same rotation in one tensor of seed
 operand: three linears that share x share its requantized transpose, hence its rotation. The seeds and the requantized operands are tagged
 to stay in the backward graph; otherwise the partitioner may draw the seeds twice, and the two operands of a product would be rotated
 differently, or move the requantized operands into the forward pass and save them.
+
+The matrices of a batched product are linears of their own, each with its tensor scales; their results are put together again.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ import torch
 from torch._inductor import inductor_prims  # noqa: F401  (registers prims.inductor_seeds)
 from torch.fx import Graph, Node
 
-from quartet_compile.passes.match import Gradient, Operand, Site
+from quartet_compile.passes.match import Gradient, Site
 from quartet_compile.passes.nodes import add_call
+from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.recipe import Cell, Product, Recipe
 
-quartet = torch.ops.quartet
+aten, quartet = torch.ops.aten, torch.ops.quartet
 
 IN_BACKWARD = "must_be_in_backward"
 
@@ -43,32 +46,37 @@ def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
     All new nodes are built before the first old one goes, so an error leaves the graph as it was.
     """
     writer = _Writer(graph)
-    replacements: list[tuple[Node, Node]] = []
+    results: dict[Node, dict[int | None, Node]] = {}
     try:
         order = {node: i for i, node in enumerate(graph.nodes)}
-        backward: list[tuple[Node, Callable[[], Node]]] = []
+        backward: list[tuple[Node, int | None, Callable[[], Node]]] = []
         for site, recipe in placed:
             if recipe.forward is None:
                 continue
             x, w = writer.forward_operands(site, recipe.forward)
-            replacements.append((site.forward, writer.forward(site, x, w, recipe.forward)))
+            _claim(results, site.forward, site.batch, writer.forward(site, x, w, recipe.forward))
             for kind, gradient, product, saved in (("dx", site.dgrad, recipe.dgrad, w), ("dw", site.wgrad, recipe.wgrad, x)):
                 if gradient is not None and product is not None:
-                    backward.append((gradient.node, writer.gradient_builder(site, kind, gradient, product, saved)))
+                    backward.append((gradient.node, site.batch, writer.gradient_builder(site, kind, gradient, product, saved)))
         # In graph order, because an operand that several products share has to stand before the first of them.
-        for node, build in sorted(backward, key=lambda item: order[item[0]]):
-            replacements.append((node, build()))
+        for node, batch, build in sorted(backward, key=lambda item: order[item[0]]):
+            _claim(results, node, batch, build())
+        replacements = {node: writer.together(node, parts) for node, parts in results.items()}
         writer.finish_seeds()
     except BaseException:
         writer.undo()
         raise
-    if len({old for old, _ in replacements}) < len(replacements):
-        writer.undo()
-        raise AssertionError("two linears claim one product")
-    for old, new in replacements:
+    for old, new in replacements.items():
         old.replace_all_uses_with(new)
         graph.erase_node(old)
     graph.eliminate_dead_code()
+
+
+def _claim(results: dict[Node, dict[int | None, Node]], product: Node, batch: int | None, result: Node) -> None:
+    parts = results.setdefault(product, {})
+    if batch in parts:
+        raise AssertionError(f"two linears claim one product, {product.name}")
+    parts[batch] = result
 
 
 class _Writer:
@@ -78,6 +86,7 @@ class _Writer:
         self.graph = graph
         self.added: list[Node] = []
         self.packed: dict[tuple[Operand, Cell], PackedNodes] = {}
+        self.matrices: dict[tuple[Node, int], Node] = {}
         self.rotations: dict[tuple[str, PackedNodes, Cell], tuple[int, PackedNodes]] = {}
         self.seeds: dict[torch.device, Node] = {}
         self.rotation_count: dict[torch.device, int] = {}
@@ -98,6 +107,26 @@ class _Writer:
         parts = (self.call(operator.getitem, (node, i), like, f"{name}_{part}", tag) for i, part in enumerate(PackedNodes._fields))
         return PackedNodes(*parts)
 
+    def matrix(self, o: Operand, like: Node) -> Node:
+        """The base of an operand, or the matrix of a batch that it is."""
+        if o.batch is None:
+            return o.base
+        if (o.base, o.batch) not in self.matrices:
+            args = (o.base, 0, o.batch)
+            self.matrices[o.base, o.batch] = self.call(aten.select.int, args, like, f"{o.base.name}_{o.batch}")
+        return self.matrices[o.base, o.batch]
+
+    def together(self, product: Node, parts: dict[int | None, Node]) -> Node:
+        """The result in place of a product: of a batched one, all its matrices."""
+        if None in parts:
+            return parts[None]
+        if len(parts) != product.meta["val"].shape[0]:
+            raise AssertionError(f"{len(parts)} linears are not the matrices of {product.name}")
+        with self.graph.inserting_before(product):
+            names = [f"{product.name}_{i}" for i in range(len(parts))]
+            matrices = [self.call(aten.unsqueeze.default, (parts[i], 0), product, name) for i, name in enumerate(names)]
+            return matrices[0] if len(matrices) == 1 else self.call(aten.cat.default, (matrices,), product, f"{product.name}_all")
+
     # -- forward
 
     def forward_operands(self, site: Site, product: Product) -> tuple[PackedNodes, PackedNodes]:
@@ -107,18 +136,17 @@ class _Writer:
     def quantized(self, site: Site, o: Operand, cell: Cell, role: str) -> PackedNodes:
         if (o, cell) not in self.packed:
             name = f"{_stem(site)}_{role}"
-            node = o.base
+            node = self.matrix(o, site.forward)
             if o.transposed:
-                node = self.call(torch.ops.aten.permute.default, (node, [1, 0]), site.forward, f"{name}_t")
+                node = self.call(aten.permute.default, (node, [1, 0]), site.forward, f"{name}_t")
             self.packed[o, cell] = self.call_packed(quartet.quantize.default, (node, cell.rule), site.forward, name)
         return self.packed[o, cell]
 
     def forward(self, site: Site, x: PackedNodes, w: PackedNodes, product: Product) -> Node:
         dtype = site.forward.meta["val"].dtype
+        left, right = (w, x) if site.transposed else (x, w)
         with self.graph.inserting_before(site.forward):
-            return self.call(
-                quartet.matmul.default, (*x, *w, site.bias, product.scale, dtype), site.forward, f"{_stem(site)}_y"
-            )
+            return self.call(quartet.matmul.default, (*left, *right, site.bias, product.scale, dtype), site.forward, f"{_stem(site)}_y")
 
     # -- backward
 
@@ -131,9 +159,8 @@ class _Writer:
         with self.graph.inserting_before(node):
             seeds = self.seeds_on(node)
             index, other = self.requantized(site, kind, saved, product.right, columns, seeds, node)
-            e = self.call_packed(
-                quartet.quantize_grad.default, (gradient.e.base, seeds, index, product.left.rule, gradient.e.transposed), node, f"{name}_e"
-            )
+            args = (self.matrix(gradient.e, node), seeds, index, product.left.rule, gradient.e.transposed)
+            e = self.call_packed(quartet.quantize_grad.default, args, node, f"{name}_e")
             left, right = (other, e) if gradient.transposed else (e, other)
             return self.call(quartet.matmul.default, (*left, *right, None, product.scale, node.meta["val"].dtype), node, name)
 
@@ -168,4 +195,4 @@ class _Writer:
 
 def _stem(site: Site) -> str:
     """A short identifier for node names: the last two components of the module's path."""
-    return re.sub(r"\W", "_", "_".join(site.place.name.split(".")[-2:])).strip("_") or "linear"
+    return re.sub(r"\W", "_", "_".join(site.name.split(".")[-2:])).strip("_") or "linear"

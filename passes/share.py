@@ -13,7 +13,8 @@ from typing import Any
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from quartet_compile.passes.match import Operand, Site, Unsupported
+from quartet_compile.passes.match import Site, Unsupported
+from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.provenance import LAYOUT_OPS
 
 
@@ -26,7 +27,7 @@ def share(linears: Sequence[Site | Unsupported]) -> list[Site | Unsupported]:
 
 
 def _canonical_operand(o: Operand, first: dict[Any, Node]) -> Operand:
-    return Operand(_canonical(o.base, first), o.transposed)
+    return replace(o, base=_canonical(o.base, first))
 
 
 def _canonical(node: Node, first: dict[Any, Node]) -> Node:

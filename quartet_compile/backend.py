@@ -19,6 +19,7 @@ from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.emulate import EmulationPass
 from quartet_compile.passes.locate import dotted
+from quartet_compile.passes.match import REWRITTEN
 from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
 from quartet_compile.passes.place import SCOPE_KEY
@@ -28,8 +29,6 @@ log = logging.getLogger("quartet_compile")
 
 PASS_FIELD = "joint_custom_pre_pass"
 DEVICE_FIELD = "post_grad_custom_pre_pass"
-
-aten = torch.ops.aten
 
 
 def quartet(
@@ -86,8 +85,8 @@ def _dotted_name(placeholder: torch.fx.Node) -> str:
 
 
 class Decompositions(dict[Any, Callable[..., Any]]):
-    """Inductor's decompositions without those of mm and addmm, which would turn products with a dimension of 1 into pointwise code that
-    cannot be recognised as a linear any more.
+    """Inductor's decompositions without those of matrix products, which would turn products with a dimension of 1 into pointwise code
+    that cannot be recognised as a linear any more.
 
     Pickles as a call of this class: Inductor puts the table into its cache key, where functions of torch's C++ parts have no place.
     """
@@ -95,7 +94,7 @@ class Decompositions(dict[Any, Callable[..., Any]]):
     def __init__(self) -> None:
         from torch._inductor.decomposition import select_decomp_table
 
-        super().__init__({op: f for op, f in select_decomp_table().items() if op not in (aten.mm.default, aten.addmm.default)})
+        super().__init__({op: f for op, f in select_decomp_table().items() if op not in REWRITTEN})
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Decompositions, ()

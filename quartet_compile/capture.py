@@ -23,7 +23,8 @@ from quartet_compile.kernels.format import GROUP, ceil_to
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.locate import ROOT_NAME
-from quartet_compile.passes.match import Operand, Site
+from quartet_compile.passes.match import Site
+from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.pipeline import Result, run
 from quartet_compile.passes.place import Decision
 from quartet_compile.passes.provenance import Kind, origins
@@ -203,7 +204,7 @@ def _linear(decision: Decision, seen: set[Operand], recomputed: frozenset[Operan
         after = 0 if linear.x in recomputed else after
     weight = _packed_bytes(features_out, features_in) if "dx" in products and linear.w not in recomputed else 0
     return LinearReport(
-        at.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
+        linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
         decision.left_because, before, after, weight,
     )  # fmt: skip
 

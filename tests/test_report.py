@@ -61,10 +61,10 @@ layers.0.k    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw   
 layers.0.v    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    shared
 layers.0.mix  test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    32.0 KiB -> 4.5 KiB
 small         test_report.py:N  128 x 64 -> 8   bf16      default     -          32.0 KiB -> 32.0 KiB
-scaled        test_report.py:N                  bf16      default     -
+scaled        test_report.py:N  128 x 64 -> 64  bf16      default     -          32.0 KiB -> 32.0 KiB
 lm_head       test_report.py:N  128 x 64 -> 80  bf16      default     -          32.0 KiB -> 32.0 KiB
   left: small: min(in, out) = 8 features, below 64 [default]
-  left: scaled: its weight is computed from parameters, not a parameter itself [unsupported]
+  left: scaled: its weight is computed from parameters; quartet.include or a recipe of its own lifts this [default]
   left: lm_head: output head (named lm_head) [default]
   not found: no product in a captured graph belongs to unused
   quartet.exclude: 'x.*' matches no linear
