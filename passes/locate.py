@@ -37,6 +37,7 @@ def locate(node: Node, weights: Sequence[str]) -> Place:
 _WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 """Modules that torch puts around a user's; their names are no part of a path."""
 
+_GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")
 _ROOT = re.compile(r"^([LG]\['args'\]\[0\]|[LG]\['[^']*'\])((\.__closure__\[\d+\])?\.cell_contents)*")
 _STEPS = (
     (".forward.__self__", ""), (".__dict__['_modules']['", "."),
@@ -46,10 +47,13 @@ _STEPS = (
 
 
 def dotted(path: str) -> str:
-    """"layers.0.q" for Dynamo's "L['self'].layers.0.q" and "L['self']._modules['layers']._modules['0']._modules['q']".
+    """"layers.0.q" for Dynamo's "L['self'].layers.0.q", "L['self']._modules['layers']._modules['0']._modules['q']" and
+    "getattr(L['m'].layers, '0').q".
 
     The root is dropped: a local, a global or a closure's cell. A forward that set_recipe put on a module leaves no trace either.
     """
+    while (plain := _GETATTR.sub(r"\1.\2", path)) != path:
+        path = plain
     path = _ROOT.sub("", path)
     for old, new in _STEPS:
         path = path.replace(old, new)

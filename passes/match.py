@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from quartet_compile.kernels.ops import OPERAND_DTYPES
 from quartet_compile.passes.locate import Place, locate
@@ -27,9 +27,9 @@ aten = torch.ops.aten
 
 PRODUCTS = {
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.addmv.default,
-    aten._grouped_mm.default, aten._scaled_mm.default,
+    aten._grouped_mm.default, aten._scaled_mm.default, aten._trilinear.default,
 }  # fmt: skip
-"""Every operator that multiplies matrices."""
+"""Every operator that multiplies matrices. A convolution does if its kernel has one element (`_is_product`)."""
 
 REWRITTEN: dict[Any, Any] = {aten.mm.default: aten.mm.default, aten.addmm.default: aten.mm.default, aten.bmm.default: aten.bmm.default}
 """The operators that are rewritten, and the operator that their gradients are."""
@@ -97,14 +97,42 @@ def match(graph: Graph, parameters: Mapping[int, str]) -> list[Site | Unsupporte
     backward = backward_nodes(graph)
     gradients: dict[int, list[Node]] = {}
     for node in graph.nodes:
-        if node.target in PRODUCTS and node in backward:
+        if _is_product(node) and node in backward:
             gradients.setdefault(node.meta.get("seq_nr", -1), []).append(node)
     found: list[Site | Unsupported] = []
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in PRODUCTS and node not in backward:
+        if node in backward:
+            continue
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            found += _inside(node, origin, parameters)
+        elif _is_product(node):
             # A product without gradients has the number of the differentiable one before it, so the first one owns what carries it.
             found += _match_product(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), embedded)
     return found
+
+
+def _is_product(node: Node) -> bool:
+    if node.target is aten.convolution.default:
+        weight, groups = node.all_input_nodes[1], node.args[8]
+        return bool(groups == 1 and all(n == 1 for n in weight.meta["val"].shape[2:]))
+    return node.target in PRODUCTS
+
+
+def _inside(node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, str]) -> list[Unsupported]:
+    """The products in the branches or regions of a higher-order operator that parameters enter: counted, not looked into."""
+    weights = frozenset().union(*(origin[n].parameters for n in node.all_input_nodes))
+    count = sum(_products_in(getattr(node.graph.owning_module, str(n.target))) for n in node.all_input_nodes if n.op == "get_attr")
+    if not weights or not count:
+        return []
+    place = locate(node, [])
+    return [Unsupported(place, node, f"{count} product(s) inside {node.target}, which is not looked into")]
+
+
+def _products_in(module: object) -> int:
+    """Products of a graph and of the graphs inside it."""
+    if not isinstance(module, GraphModule):
+        return 0
+    return sum(_products_in(m) for m in module.children()) + sum(map(_is_product, module.graph.nodes))
 
 
 def backward_nodes(graph: Graph) -> set[Node]:

@@ -65,16 +65,33 @@ def inductor_patches(
 
 
 def parameter_names(gm: GraphModule, example_inputs: Sequence[Any]) -> dict[int, str]:
-    """Index -> dotted name of the graph inputs that are nn.Parameters.
+    """Index -> dotted name of the graph inputs that are nn.Parameters, or stand in for one.
 
     The inputs themselves tell: placeholders carry fake tensors, and under DDP's splits not even those say what they were.
     """
     placeholders = gm.graph.find_nodes(op="placeholder")
+    weights = _weights_of_linears(gm.graph)
     names = {}
     for index, (node, value) in enumerate(zip(placeholders, example_inputs, strict=True)):
-        if isinstance(value, torch.nn.Parameter) or isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        if isinstance(value, torch.nn.Parameter) or isinstance(node.meta.get("example_value"), torch.nn.Parameter) or node in weights:
             names[index] = _dotted_name(node)
     return names
+
+
+def _weights_of_linears(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Inputs that an nn.Linear, however it came by them, multiplies by: those of `torch.func.functional_call` are plain tensors."""
+    found = set()
+    for node in graph.find_nodes(op="call_function", target=torch.nn.functional.linear):
+        modules = list((node.meta.get("nn_module_stack") or {}).values())
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        if isinstance(weight, torch.fx.Node) and modules and _is_linear(modules[-1][1]):
+            found.add(weight)
+    return found
+
+
+def _is_linear(kind: Any) -> bool:
+    """Of a module's class, or of its name, which is what some versions of torch keep."""
+    return issubclass(kind, torch.nn.Linear) if isinstance(kind, type) else str(kind).endswith("nn.modules.linear.Linear")
 
 
 def _dotted_name(placeholder: torch.fx.Node) -> str:

@@ -308,6 +308,33 @@ def test_a_scaled_addmm_is_reported() -> None:
     assert "alpha" in only_linear(Scaled(), torch.randn(4, 80)).reason
 
 
+@pytest.mark.parametrize("kernel", [nn.Conv1d, nn.Conv2d])
+def test_a_convolution_with_a_kernel_of_one_element_is_reported(kernel: type[nn.Module]) -> None:
+    x = torch.randn(2, 64, *[8] * (1 if kernel is nn.Conv1d else 2))
+    assert "aten.convolution" in only_linear(kernel(64, 64, 1), x).reason
+    compiled, backend = capture(kernel(64, 64, 3))
+    compiled(x)
+    assert backend.report(None).linears == (), "other convolutions are no linears"
+
+
+def test_a_bilinear_is_reported() -> None:
+    assert "_trilinear" in only_linear(nn.Bilinear(64, 64, 64), torch.randn(4, 64), torch.randn(4, 64)).reason
+
+
+def test_products_in_branches_are_counted() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.yes, self.no = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda x: self.yes(x), lambda x: self.no(self.no(x)), (x,))
+
+    linear = only_linear(Branches(), torch.randn(4, 64))
+    assert linear.left_because == "unsupported"
+    assert linear.reason == "3 product(s) inside cond, which is not looked into"
+
+
 def test_float64_is_reported_as_unsupported() -> None:
     linear = only_linear(nn.Linear(80, 80).double(), torch.randn(4, 80).double())
     assert linear.left_because == "unsupported"
