@@ -222,7 +222,9 @@ def _register(device: str) -> None:
         check_packed("matmul", a_codes, a_scales, a_tensor_scale)
         check_packed("matmul", b_codes, b_scales, b_tensor_scale)
         check_product("matmul", _shape(a_codes), _shape(b_codes), bias, out_dtype)
-        return _implementation(device).matmul(a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype)
+        run = _implementation(device).matmul
+        with torch.autocast(device.lower(), enabled=False):  # which would round what torch's own product is given and returns
+            return run(a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale, bias, scale, out_dtype)
 
     for function in (quantize, quantize_grad, quantize_grad_both, requantize, matmul):
         _library.impl(function.__name__, function, device)

@@ -173,7 +173,8 @@ def _requantize_values_cpu(
 
 def _matmul_values_cpu(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     _check_values(a, b, bias, out_dtype)
-    y = a.float() @ b.float().t()
+    with torch.autocast("cpu", enabled=False):
+        y = a.float() @ b.float().t()
     return (y if bias is None else y + bias.float()).to(out_dtype)
 
 
@@ -228,7 +229,8 @@ def _requantize_values_cuda(
 
 def _matmul_values_cuda(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     _check_values(a, b, bias, out_dtype)
-    return ops.triton_kernels().matmul_values(a, b, bias, out_dtype)
+    with torch.autocast("cuda", enabled=False):
+        return ops.triton_kernels().matmul_values(a, b, bias, out_dtype)
 
 
 for _name, _on_cpu, _on_cuda in (

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from quartet_compile.kernels.ops import OPERAND_DTYPES
 from quartet_compile.passes.locate import Place, locate
-from quartet_compile.passes.operand import Operand, operand
+from quartet_compile.passes.operand import Batch, Operand, operand
 from quartet_compile.passes.provenance import Kind, Origin, dynamo_input_index, origins
 
 aten = torch.ops.aten
@@ -50,7 +50,8 @@ class Site:
     """One linear: x [T, I] times w [O, I] transposed, plus bias [O].
 
     forward: the node that holds y [T, O] or, transposed, y [O, T]. Of a batched product the site is one matrix, number `batch` of all its
-    tensors. computed: the weight is computed from parameters. embeds: an embedding reads the same parameter.
+    tensors; or, "folded", the whole of it, where all matrices meet the same weight. computed: the weight is computed from parameters.
+    embeds: an embedding reads the same parameter.
     """
 
     place: Place
@@ -71,13 +72,13 @@ class Site:
         return *self.x.shape, self.w.shape[0]
 
     @property
-    def batch(self) -> int | None:
+    def batch(self) -> Batch:
         return self.x.batch
 
     @property
     def name(self) -> str:
         """That of its place; of several matrices of a batch, with the number of this one."""
-        several = self.batch is not None and int(self.forward.meta["val"].shape[0]) > 1
+        several = isinstance(self.batch, int) and int(self.forward.meta["val"].shape[0]) > 1
         return f"{self.place.name}[{self.batch}]" if several else self.place.name
 
 
@@ -162,11 +163,14 @@ def _match_product(
     weight = left if on_the_left else right
     if reason := _unsupported(node, kinds, bias, weight, on_the_left):
         return [Unsupported(place, node, reason)]
-    batches = range(int(node.meta["val"].shape[0])) if node.target is aten.bmm.default else [None]
+    batches: Sequence[Batch] = [None]
+    if node.target is aten.bmm.default:
+        batches = ["folded"] if _is_expanded(weight) else range(int(node.meta["val"].shape[0]))
     computed, embeds = origin[weight].kind is Kind.COMPUTED, bool(weights & embedded)
     found: list[Site | Unsupported] = []
     for batch in batches:
-        x, w = operand(left, batch), operand(right, batch).t
+        first, second = _operands(left, right, batch)
+        x, w = first, second.t
         if on_the_left:  # y^T = w x^T
             x, w = w, x
         site = Site(place, node, x, w, bias, weights, transposed=on_the_left, computed=computed, embeds=embeds)
@@ -190,19 +194,29 @@ def _unsupported(node: Node, kinds: tuple[Kind, Kind], bias: Node | None, weight
     if bias is not None and bias.meta["val"].shape != node.meta["val"].shape[1:]:
         return f"its bias has the shape {list(bias.meta['val'].shape)}, not one number a feature"
     if node.target is aten.bmm.default:
-        count = node.meta["val"].shape[0]
-        if not isinstance(count, int):
-            return "it is a batch of products whose number is dynamic"
-        if count > 1 and weight.meta["val"].stride(0) == 0:
-            return "its weight is expanded over a batch; multiply by the two-dimensional weight instead"
+        if _is_expanded(weight) and on_the_left:
+            return "its weight is on the left of a batch of products (w @ x)"
+        if not _is_expanded(weight) and not isinstance(node.meta["val"].shape[0], int):
+            return "it is a batch of products with different weights whose number is dynamic"
     return ""
+
+
+def _is_expanded(weight: Node) -> bool:
+    """Whether a batch of matrices is one matrix over and over. torch.matmul makes that of a frozen weight."""
+    value = weight.meta["val"]
+    return value.stride(0) == 0 and not (isinstance(value.shape[0], int) and value.shape[0] == 1)
+
+
+def _operands(left: Node, right: Node, batch: Batch) -> tuple[Operand, Operand]:
+    """Both operands of a product. Where one is folded, the other is the same for all of the batch: its first matrix."""
+    return operand(left, batch), operand(right, 0 if batch == "folded" else batch)
 
 
 def _match_backward(site: Site, gradients: list[Node]) -> Site | Unsupported:
     dgrad, wgrad = None, None
     for node in gradients:
         _, left_node, right_node = _arguments(node)
-        left, right = operand(left_node, site.batch), operand(right_node, site.batch)
+        left, right = _operands(left_node, right_node, site.batch)
         plain = node.target is REWRITTEN[site.forward.target]
         if plain and right == site.w and dgrad is None:
             dgrad = Gradient(node, left)

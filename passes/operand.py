@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch.fx import Node
@@ -13,13 +14,17 @@ TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
 ALIASES = {aten.alias.default, aten.detach.default}
 
 
+Batch = int | Literal["folded"] | None
+"""Which matrix of a tensor is meant: of three dimensions, one by its number, or all of them on top of each other; of two, None."""
+
+
 @dataclass(frozen=True)
 class Operand:
-    """A matrix [rows, columns]: `base`, or base[batch] of a base with three dimensions; or the transpose of that."""
+    """A matrix [rows, columns]: `base`, or base[batch], or base.flatten(0, 1) where `batch` is "folded"; or the transpose of that."""
 
     base: Node
     transposed: bool
-    batch: int | None = None
+    batch: Batch = None
 
     @property
     def t(self) -> Operand:
@@ -27,12 +32,16 @@ class Operand:
 
     @property
     def shape(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
-        rows, columns = self.base.meta["val"].shape[-2:]
+        *leading, rows, columns = self.base.meta["val"].shape
+        if self.batch == "folded":
+            rows = rows * leading[0]
         return (columns, rows) if self.transposed else (rows, columns)
 
 
-def operand(node: Node, batch: int | None = None) -> Operand:
-    """The matrix that a node holds, or number `batch` of the matrices that it holds, looking through transposes and aliases."""
+def operand(node: Node, batch: Batch = None) -> Operand:
+    """The matrix that a node holds, looking through transposes and aliases. Nothing is looked through where matrices are folded."""
+    if batch == "folded":
+        return Operand(node, False, batch)
     transposed = False
     while True:
         if node.target in ALIASES:

@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 
 from quartet_compile.passes.match import Gradient, Site
 from quartet_compile.passes.nodes import add_call
-from quartet_compile.passes.operand import Operand
+from quartet_compile.passes.operand import Batch, Operand
 from quartet_compile.passes.recipe import Cell, Product, Recipe
 
 aten, quartet = torch.ops.aten, torch.ops.quartet
@@ -46,10 +46,10 @@ def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
     All new nodes are built before the first old one goes, so an error leaves the graph as it was.
     """
     writer = _Writer(graph)
-    results: dict[Node, dict[int | None, Node]] = {}
+    results: dict[Node, dict[Batch, Node]] = {}
     try:
         order = {node: i for i, node in enumerate(graph.nodes)}
-        backward: list[tuple[Node, int | None, Callable[[], Node]]] = []
+        backward: list[tuple[Node, Batch, Callable[[], Node]]] = []
         for site, recipe in placed:
             if recipe.forward is None:
                 continue
@@ -72,7 +72,7 @@ def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
     graph.eliminate_dead_code()
 
 
-def _claim(results: dict[Node, dict[int | None, Node]], product: Node, batch: int | None, result: Node) -> None:
+def _claim(results: dict[Node, dict[Batch, Node]], product: Node, batch: Batch, result: Node) -> None:
     parts = results.setdefault(product, {})
     if batch in parts:
         raise AssertionError(f"two linears claim one product, {product.name}")
@@ -86,7 +86,7 @@ class _Writer:
         self.graph = graph
         self.added: list[Node] = []
         self.packed: dict[tuple[Operand, Cell], PackedNodes] = {}
-        self.matrices: dict[tuple[Node, int], Node] = {}
+        self.matrices: dict[tuple[Node, Batch], Node] = {}
         self.rotations: dict[tuple[str, PackedNodes, Cell], tuple[int, PackedNodes]] = {}
         self.seeds: dict[torch.device, Node] = {}
         self.rotation_count: dict[torch.device, int] = {}
@@ -108,24 +108,37 @@ class _Writer:
         return PackedNodes(*parts)
 
     def matrix(self, o: Operand, like: Node) -> Node:
-        """The base of an operand, or the matrix of a batch that it is."""
+        """An operand but for its transpose: the base, or of a batch the matrix that it is."""
         if o.batch is None:
             return o.base
         if (o.base, o.batch) not in self.matrices:
-            args = (o.base, 0, o.batch)
-            self.matrices[o.base, o.batch] = self.call(aten.select.int, args, like, f"{o.base.name}_{o.batch}")
+            if o.batch == "folded":
+                call: tuple[Any, tuple[Any, ...]] = aten.reshape.default, (o.base, [-1, o.base.meta["val"].shape[-1]])
+            else:
+                call = aten.select.int, (o.base, 0, o.batch)
+            self.matrices[o.base, o.batch] = self.call(*call, like, f"{o.base.name}_{o.batch}")
         return self.matrices[o.base, o.batch]
 
-    def together(self, product: Node, parts: dict[int | None, Node]) -> Node:
+    def together(self, product: Node, parts: dict[Batch, Node]) -> Node:
         """The result in place of a product: of a batched one, all its matrices."""
         if None in parts:
             return parts[None]
+        if "folded" in parts:
+            with self.graph.inserting_before(product):
+                left, features = product.all_input_nodes[0], product.meta["val"].shape[-1]
+                shape = [self.size(left, d) for d in range(2)]
+                return self.call(aten.view.default, (parts["folded"], [*shape, features]), product, f"{product.name}_all")
         if len(parts) != product.meta["val"].shape[0]:
             raise AssertionError(f"{len(parts)} linears are not the matrices of {product.name}")
         with self.graph.inserting_before(product):
             names = [f"{product.name}_{i}" for i in range(len(parts))]
             matrices = [self.call(aten.unsqueeze.default, (parts[i], 0), product, name) for i, name in enumerate(names)]
             return matrices[0] if len(matrices) == 1 else self.call(aten.cat.default, (matrices,), product, f"{product.name}_all")
+
+    def size(self, of: Node, dimension: int) -> Node | int:
+        """A size, as a node where it is symbolic."""
+        size = of.meta["val"].shape[dimension]
+        return size if isinstance(size, int) else self.call(aten.sym_size.int, (of, dimension), of, f"{of.name}_size_{dimension}")
 
     # -- forward
 

@@ -166,6 +166,23 @@ def test_a_frozen_weight_has_only_dgrad() -> None:
     assert relative_error(x.grad, independent.dgrad(e.double().numpy(), model.weight.double().numpy(), seeds.plain[0])) < 1e-6
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_frozen_weight_that_matmul_expands_over_the_batch(dynamic: bool) -> None:
+    """Three dimensions, no bias, no gradient for the weight: torch makes a batch of products of it."""
+    model, x = nn.Linear(I, O, bias=False).requires_grad_(False), torch.randn(2, 20, I, requires_grad=True)
+    backend = capture(model, min_features=1)[1]
+    compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+    with recorded_seeds() as seeds:
+        y = compiled(x)
+        e = torch.randn_like(y)
+        y.backward(e)
+    (linear,) = backend.report(model).linears
+    assert (linear.products, linear.shape) == (("y", "dx"), (40, I, O))
+    x64, w64, e64 = (t.detach().double().reshape(-1, t.shape[-1]).numpy() for t in (x, model.weight, e))
+    assert relative_error(y.reshape(-1, O), independent.linear(x64, w64)) < 1e-6
+    assert relative_error(x.grad.reshape(-1, I), independent.dgrad(e64, w64, seeds.plain[0])) < 1e-6
+
+
 def test_one_weight_used_twice_is_two_sites_with_one_packed_weight() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -282,7 +299,9 @@ def only_linear(model: nn.Module, *args: Any, **options: Any) -> Any:
     return linear
 
 
-def test_a_weight_expanded_over_a_batch_is_reported() -> None:
+def test_a_trained_weight_expanded_over_a_batch_is_reported() -> None:
+    """Its gradient is one matrix for each of the batch."""
+
     class Expanded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -291,9 +310,10 @@ def test_a_weight_expanded_over_a_batch_is_reported() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.bmm(x, self.weight.expand(3, 80, 80))
 
-    linear = only_linear(Expanded(), torch.randn(3, 4, 80))
+    model, x = Expanded(), torch.randn(3, 4, 80)
+    linear = only_linear(model, x)
     assert linear.left_because == "unsupported"
-    assert "expanded over a batch" in linear.reason
+    assert "unknown form" in linear.reason
 
 
 def test_a_scaled_addmm_is_reported() -> None:

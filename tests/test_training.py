@@ -67,7 +67,7 @@ def test_an_adapter_on_a_frozen_base() -> None:
     class Adapted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.base = nn.Linear(64, 64).requires_grad_(False)
+            self.base = nn.Linear(64, 64, bias=False).requires_grad_(False)
             self.down, self.up = nn.Linear(64, 8, bias=False), nn.Linear(8, 64, bias=False)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def test_an_adapter_on_a_frozen_base() -> None:
 
     model = Adapted()
     compiled, backend = capture(model)
-    compiled(torch.randn(8, 64, requires_grad=True)).sum().backward()
+    compiled(torch.randn(2, 8, 64, requires_grad=True)).sum().backward()
     assert products(backend, model) == {"base": ("y", "dx"), "down": (), "up": ()}
 
 
