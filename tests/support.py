@@ -47,6 +47,17 @@ def recorded_seeds() -> Iterator[Seeds]:
         yield seen
 
 
+@contextmanager
+def one_seed(seed: int = 1234) -> Iterator[None]:
+    """All rotations and draws on the CPU take the same seed, whoever asks for them; ranks still draw differently."""
+    quantize_grad, requantize = cpu.quantize_grad, cpu.requantize
+    fixed = torch.tensor([seed])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "quantize_grad", lambda e, seeds, index, *rest: quantize_grad(e, fixed, 0, *rest))
+        patch.setattr(cpu, "requantize", lambda a, b, c, columns, seeds, index, *rest: requantize(a, b, c, columns, fixed, 0, *rest))
+        yield
+
+
 def relative_error(ours: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
     """Frobenius norm of the difference over that of the expected value, in float64."""
     reference = torch.as_tensor(expected).double()

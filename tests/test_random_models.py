@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,12 +11,9 @@ pytest.importorskip("hypothesis")
 import random_models
 import torch
 from hypothesis import HealthCheck, given, settings
-from support import capture, relative_error
+from support import capture, one_seed, relative_error
 from torch import Tensor
 
-from quartet_compile.kernels import cpu
-
-SEED = 1234
 MORE = int(os.environ.get("QUARTET_EXAMPLES", "100"))
 """Models of the slow test: QUARTET_EXAMPLES=500 pytest -m slow tests/test_random_models.py"""
 
@@ -29,17 +24,6 @@ x @ W.t(), one may be rounded differently, and a code with it. What belongs to a
 random_settings = settings(
     max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@contextlib.contextmanager
-def one_seed() -> Iterator[None]:
-    """All rotations and draws take the same seed, whoever asks for them."""
-    quantize_grad, requantize = cpu.quantize_grad, cpu.requantize
-    with pytest.MonkeyPatch.context() as patch:
-        fixed = torch.tensor([SEED])
-        patch.setattr(cpu, "quantize_grad", lambda e, seeds, index, *rest: quantize_grad(e, fixed, 0, *rest))
-        patch.setattr(cpu, "requantize", lambda a, b, c, columns, seeds, index, *rest: requantize(a, b, c, columns, fixed, 0, *rest))
-        yield
 
 
 def step(model: random_models.Model, x: Tensor, run: object, **kwargs: bool) -> tuple[Tensor, list[Tensor | None]]:
