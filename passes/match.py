@@ -151,7 +151,7 @@ def backward_nodes(graph: Graph) -> set[Node]:
 def _match_product(
     node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, str], gradients: list[Node], embedded: set[Node]
 ) -> Sequence[Site | Unsupported]:
-    """The sites of a product, or a reason why not; nothing for a product that no parameter enters as a weight."""
+    """The sites of a product, all of them or a reason why not; nothing for a product that no parameter enters as a weight."""
     bias, left, right = _arguments(node)
     kinds = origin[left].kind, origin[right].kind
     weights = origin[left].parameters | origin[right].parameters
@@ -167,15 +167,18 @@ def _match_product(
     if node.target is aten.bmm.default:
         batches = ["folded"] if _is_expanded(weight) else range(int(node.meta["val"].shape[0]))
     computed, embeds = origin[weight].kind is Kind.COMPUTED, bool(weights & embedded)
-    found: list[Site | Unsupported] = []
+    sites: list[Site] = []
     for batch in batches:
         first, second = _operands(left, right, batch)
         x, w = first, second.t
         if on_the_left:  # y^T = w x^T
             x, w = w, x
         site = Site(place, node, x, w, bias, weights, transposed=on_the_left, computed=computed, embeds=embeds)
-        found.append(_match_backward(site, gradients))
-    return found
+        matched = _match_backward(site, gradients)
+        if isinstance(matched, Unsupported):
+            return [matched]
+        sites.append(matched)
+    return sites
 
 
 def _unsupported(node: Node, kinds: tuple[Kind, Kind], bias: Node | None, weight: Node, on_the_left: bool) -> str:
@@ -202,7 +205,7 @@ def _unsupported(node: Node, kinds: tuple[Kind, Kind], bias: Node | None, weight
 
 
 def _is_expanded(weight: Node) -> bool:
-    """Whether a batch of matrices is one matrix over and over. torch.matmul makes that of a frozen weight."""
+    """Whether a batch is one matrix over and over: torch.matmul makes that of a frozen weight where x is no view of a matrix."""
     value = weight.meta["val"]
     return value.stride(0) == 0 and not (isinstance(value.shape[0], int) and value.shape[0] == 1)
 

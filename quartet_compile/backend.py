@@ -84,14 +84,9 @@ def _weights_of_linears(graph: torch.fx.Graph) -> set[torch.fx.Node]:
     for node in graph.find_nodes(op="call_function", target=torch.nn.functional.linear):
         modules = list((node.meta.get("nn_module_stack") or {}).values())
         weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        if isinstance(weight, torch.fx.Node) and modules and _is_linear(modules[-1][1]):
+        if isinstance(weight, torch.fx.Node) and modules and issubclass(modules[-1][1], torch.nn.Linear):
             found.add(weight)
     return found
-
-
-def _is_linear(kind: Any) -> bool:
-    """Of a module's class, or of its name, which is what some versions of torch keep."""
-    return issubclass(kind, torch.nn.Linear) if isinstance(kind, type) else str(kind).endswith("nn.modules.linear.Linear")
 
 
 def _dotted_name(placeholder: torch.fx.Node) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,17 @@ def recorded_seeds() -> Iterator[Seeds]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "quantize_grad", watching)
         yield seen
+
+
+def train_step(model: torch.nn.Module, x: torch.Tensor, context: Any = None) -> tuple[torch.Tensor, torch.Tensor, Seeds, Any]:
+    """(y, the gradient of y, seeds, report) of one step with a random upstream gradient."""
+    compiled, backend = capture(model, min_features=1)
+    with recorded_seeds() as seeds:
+        with context or nullcontext():
+            y = compiled(x)
+        e = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+        y.backward(e)
+    return y, e, seeds, backend.report(model)
 
 
 @contextmanager

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import float64_recipe as independent
 import pytest
 import torch
 import torch.nn.functional as F
-from support import capture, off_by_more_than_rounding, recorded_seeds, relative_error
+from support import capture, off_by_more_than_rounding, recorded_seeds, relative_error, train_step
 from torch import Tensor, nn
 
 I, O = 70, 66  # multiples of nothing
@@ -91,17 +90,6 @@ def weight_of(model: nn.Module) -> Tensor:
     return weight if isinstance(model, (nn.Linear, Functional)) else weight.t()
 
 
-def train_step(model: nn.Module, x: Tensor, context: Any = None) -> tuple[Tensor, Tensor, Any, Any]:
-    """(y, the gradient of y, seeds, capture) of one step with a random upstream gradient."""
-    compiled, backend = capture(model, min_features=1)
-    with recorded_seeds() as seeds:
-        with context or contextlib.nullcontext():
-            y = compiled(x)
-        e = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
-        y.backward(e)
-    return y, e, seeds, backend.report(model)
-
-
 def check_float32(model: nn.Module, x: Tensor) -> None:
     y, e, seeds, report = train_step(model, x)
     (linear,) = report.linears
@@ -168,8 +156,8 @@ def test_a_frozen_weight_has_only_dgrad() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_frozen_weight_that_matmul_expands_over_the_batch(dynamic: bool) -> None:
-    """Three dimensions, no bias, no gradient for the weight: torch makes a batch of products of it."""
-    model, x = nn.Linear(I, O, bias=False).requires_grad_(False), torch.randn(2, 20, I, requires_grad=True)
+    """No gradient for the weight, no bias, and tokens that do not lie one after the other: torch makes a batch of products of it."""
+    model, x = nn.Linear(I, O, bias=False).requires_grad_(False), torch.randn(20, 2, I).transpose(0, 1).requires_grad_()
     backend = capture(model, min_features=1)[1]
     compiled = torch.compile(model, backend=backend, dynamic=dynamic)
     with recorded_seeds() as seeds:
@@ -238,32 +226,6 @@ def test_the_matrices_of_a_batch_are_linears_of_their_own(form: str) -> None:
         assert relative_error(model.w.grad[i], independent.wgrad(e64, x64, seeds.transposed[i])) < 1e-6
 
 
-def test_a_computed_weight_is_left_unless_it_is_asked_for() -> None:
-    """Its gradient goes on through what computed it."""
-
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(O, I) / 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.weight * 3)
-
-    model, x = Scaled(), torch.randn(40, I)
-    left = only_linear(model, x, min_features=1)
-    assert (left.left_because, left.products) == ("default", ())
-    assert "computed from parameters" in left.reason
-    compiled, backend = capture(model, min_features=1, include=["*"])
-    with recorded_seeds() as seeds:
-        y = compiled(x)
-        e = torch.randn_like(y)
-        y.backward(e)
-    assert backend.report(model).linears[0].products == ("y", "dw")
-    x64, w64, e64 = x.double().numpy(), (model.weight.detach() * 3).double().numpy(), e.double().numpy()
-    assert relative_error(y, independent.linear(x64, w64)) < 1e-6
-    assert relative_error(model.weight.grad, 3 * independent.wgrad(e64, x64, seeds.transposed[0])) < 1e-6
-
-
 @pytest.mark.parametrize("mode", ["no_grad", "eval", "inference_mode"])
 def test_inference(mode: str) -> None:
     model = nn.Sequential(nn.Linear(I, O), nn.Dropout(0.5)).eval()
@@ -289,209 +251,6 @@ def test_dynamic_batch_and_sequence_compile_once() -> None:
     assert backend.graphs[0].linears[0].products == ("y", "dx", "dw")
 
 
-# ---------------------------------------------------------------- what is left, and why
-
-
-def only_linear(model: nn.Module, *args: Any, **options: Any) -> Any:
-    compiled, backend = capture(model, **options)
-    compiled(*args)
-    (linear,) = backend.report(model).linears
-    return linear
-
-
-def test_a_trained_weight_expanded_over_a_batch_is_reported() -> None:
-    """Its gradient is one matrix for each of the batch."""
-
-    class Expanded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(80, 80))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.bmm(x, self.weight.expand(3, 80, 80))
-
-    model, x = Expanded(), torch.randn(3, 4, 80)
-    linear = only_linear(model, x)
-    assert linear.left_because == "unsupported"
-    assert "unknown form" in linear.reason
-
-
-def test_a_scaled_addmm_is_reported() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(80, 80)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.addmm(self.linear.bias, x, self.linear.weight.t(), alpha=2)
-
-    assert "alpha" in only_linear(Scaled(), torch.randn(4, 80)).reason
-
-
-@pytest.mark.parametrize("kernel", [nn.Conv1d, nn.Conv2d])
-def test_a_convolution_with_a_kernel_of_one_element_is_reported(kernel: type[nn.Module]) -> None:
-    x = torch.randn(2, 64, *[8] * (1 if kernel is nn.Conv1d else 2))
-    assert "aten.convolution" in only_linear(kernel(64, 64, 1), x).reason
-    compiled, backend = capture(kernel(64, 64, 3))
-    compiled(x)
-    assert backend.report(None).linears == (), "other convolutions are no linears"
-
-
-def test_a_bilinear_is_reported() -> None:
-    assert "_trilinear" in only_linear(nn.Bilinear(64, 64, 64), torch.randn(4, 64), torch.randn(4, 64)).reason
-
-
-def test_products_in_branches_are_counted() -> None:
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.yes, self.no = nn.Linear(64, 64), nn.Linear(64, 64)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cond(x.sum() > 0, lambda x: self.yes(x), lambda x: self.no(self.no(x)), (x,))
-
-    linear = only_linear(Branches(), torch.randn(4, 64))
-    assert linear.left_because == "unsupported"
-    assert linear.reason == "3 product(s) inside cond, which is not looked into"
-
-
-def test_float64_is_reported_as_unsupported() -> None:
-    linear = only_linear(nn.Linear(80, 80).double(), torch.randn(4, 80).double())
-    assert linear.left_because == "unsupported"
-    assert "float64" in linear.reason
-
-
-def test_products_of_activations_are_no_linears() -> None:
-    class Attention(nn.Module):
-        def forward(self, q: Tensor) -> Tensor:
-            return (q @ q.transpose(-1, -2)).softmax(-1) @ q
-
-    compiled, backend = capture(Attention())
-    compiled(torch.randn(2, 64, 64, requires_grad=True))
-    assert backend.report(None).linears == ()
-
-
-@pytest.mark.parametrize(
-    ("names", "reason"),
-    [
-        ("lm_head", "output head"),
-        ("router", "router of a mixture of experts"),
-        ("small", "8 features, below 64"),
-        ("tied", "its weight is also an embedding"),
-    ],
-)
-def test_defaults_leave_heads_routers_small_and_tied_linears(names: str, reason: str) -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(100, 128)
-            self.body = nn.Linear(128, 128)
-            setattr(self, names, nn.Linear(128, 8 if names == "small" else 100))
-            if names == "tied":
-                self.tied.weight = self.embedding.weight
-
-        def forward(self, i: Tensor) -> Tensor:
-            return getattr(self, names)(self.body(self.embedding(i)))
-
-    model = Model()
-    compiled, backend = capture(model)
-    compiled(torch.randint(0, 100, (2, 8)))
-    body, left = backend.report(model).linears
-    assert (body.name, body.products) == ("body", ("y", "dx", "dw"))
-    assert (left.left_because, left.products) == ("default", ())
-    assert reason in left.reason
-
-
-def test_a_numbered_output_is_no_head() -> None:
-    """BERT's `layer.3.output.dense` and a block's `layers.0.output` are ordinary linears."""
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.output = nn.Linear(64, 64)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.output(x)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([Block()])
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layers[0](x)
-
-    assert only_linear(Model(), torch.randn(4, 64)).products == ("y", "dw")
-
-
-# ---------------------------------------------------------------- whose gradient is whose
-
-
-def test_a_linear_without_gradient_takes_none_from_the_linear_before_it() -> None:
-    """Operators outside the autograd graph carry the sequence number of the differentiable one before them."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.trained, self.frozen = nn.Linear(80, 80), nn.Linear(80, 80).requires_grad_(False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.trained(x) + self.frozen(x)
-
-    model, x = Model(), torch.randn(40, 80)
-    compiled, backend = capture(model, exclude=["trained"])
-    y = compiled(x)
-    e = torch.randn_like(y)
-    y.backward(e)
-    trained, frozen = backend.report(model).linears
-    assert (trained.products, frozen.products) == ((), ("y",))
-    torch.testing.assert_close(model.trained.weight.grad, e.t() @ x)
-
-
-def test_student_and_teacher_keep_apart() -> None:
-    student, teacher, x = nn.Linear(80, 80), nn.Linear(80, 80), torch.randn(40, 80)
-
-    def distil(x: Tensor) -> Tensor:
-        y = student(x)
-        with torch.no_grad():
-            t = teacher(x)
-        return (y - t).square().sum()
-
-    compiled, backend = capture(distil)
-    compiled(x).backward()
-    assert [linear.products for linear in backend.report(None).linears] == [("y", "dw"), ("y",)]
-    assert teacher.weight.grad is None
-
-
-def test_products_in_a_custom_backward_are_gradients_and_no_forward_linears() -> None:
-    class Custom(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-            ctx.save_for_backward(x, w)
-            return x @ w.t()
-
-        @staticmethod
-        def backward(ctx: Any, e: Tensor) -> tuple[Tensor, Tensor]:
-            x, w = ctx.saved_tensors
-            return e @ w, e.t() @ x
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(80, 80))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return Custom.apply(x, self.weight)
-
-    model, x = Model(), torch.randn(40, 80, requires_grad=True)
-    _, e, seeds, report = train_step(model, x)
-    (linear,) = report.linears
-    assert linear.products == ("y", "dx", "dw")
-    x64, w64, e64 = (t.detach().double().numpy() for t in (x, model.weight, e))
-    assert relative_error(x.grad, independent.dgrad(e64, w64, seeds.plain[0])) < 1e-6
-    assert relative_error(model.weight.grad, independent.wgrad(e64, x64, seeds.transposed[0])) < 1e-6
-
-
 def test_an_input_stored_transposed() -> None:
     model, x = nn.Linear(80, 64), torch.randn(80, 40, requires_grad=True)
     compiled, backend = capture(model)
@@ -505,17 +264,3 @@ def test_an_input_stored_transposed() -> None:
     drawn = {*seeds.plain, *seeds.transposed}
     assert min(relative_error(x.grad.t(), independent.dgrad(e64, w64, s)) for s in drawn) < 1e-6
     assert min(relative_error(model.weight.grad, independent.wgrad(e64, x64, s)) for s in drawn) < 1e-6
-
-
-def test_an_input_made_of_parameters_is_reported() -> None:
-    class Latents(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.latents, self.q = nn.Parameter(torch.randn(4, 80)), nn.Linear(80, 80)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.q(self.latents)
-
-    linear = only_linear(Latents(), torch.randn(4, 80))
-    assert (linear.name, linear.left_because) == ("q", "unsupported")
-    assert "parameters or constants" in linear.reason

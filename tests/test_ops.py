@@ -119,6 +119,20 @@ def test_both_orientations_are_those_of_one_each() -> None:
         assert torch.equal(ours.float(), theirs.float())
 
 
+def test_autocast_around_a_product_changes_nothing() -> None:
+    """It would round the operands and the sum of torch's own product, inside the operator, to bfloat16."""
+    packed = (*quartet.quantize(torch.randn(32, 64), "four_over_six"), *quartet.quantize(torch.randn(48, 64), "four_over_six"))
+    values = torch.randn(32, 64).bfloat16(), torch.randn(48, 64).bfloat16()
+    calls = (
+        lambda: quartet.matmul(*packed, torch.ones(48) / 3, 1.0, torch.float32),
+        lambda: quartet.matmul_values(*values, torch.ones(48) / 3, torch.float32),
+    )
+    for call in calls:
+        expected = call()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(call(), expected)
+
+
 def test_an_empty_batch() -> None:
     q = quartet.quantize(torch.randn(0, 64), "four_over_six")
     w = packed(32, 64)

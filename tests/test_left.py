@@ -1,0 +1,184 @@
+"""Which linears are left in the model's dtype, and the reasons that the report gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import float64_recipe as independent
+import pytest
+import torch
+import torch.nn.functional as F
+from support import capture, recorded_seeds, relative_error
+from torch import Tensor, nn
+
+
+def only_linear(model: nn.Module, *args: Any, **options: Any) -> Any:
+    compiled, backend = capture(model, **options)
+    compiled(*args)
+    (linear,) = backend.report(model).linears
+    return linear
+
+
+def test_a_trained_weight_expanded_over_a_batch_is_reported() -> None:
+    """Its gradient is one matrix for each of the batch."""
+
+    class Expanded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(80, 80))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(x, self.weight.expand(3, 80, 80))
+
+    model, x = Expanded(), torch.randn(3, 4, 80)
+    linear = only_linear(model, x)
+    assert linear.left_because == "unsupported"
+    assert "unknown form" in linear.reason
+
+
+def test_a_scaled_addmm_is_reported() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(80, 80)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.linear.bias, x, self.linear.weight.t(), alpha=2)
+
+    assert "alpha" in only_linear(Scaled(), torch.randn(4, 80)).reason
+
+
+@pytest.mark.parametrize("kernel", [nn.Conv1d, nn.Conv2d])
+def test_a_convolution_with_a_kernel_of_one_element_is_reported(kernel: type[nn.Module]) -> None:
+    x = torch.randn(2, 64, *[8] * (1 if kernel is nn.Conv1d else 2))
+    assert "aten.convolution" in only_linear(kernel(64, 64, 1), x).reason
+    compiled, backend = capture(kernel(64, 64, 3))
+    compiled(x)
+    assert backend.report(None).linears == (), "other convolutions are no linears"
+
+
+def test_a_bilinear_is_reported() -> None:
+    assert "_trilinear" in only_linear(nn.Bilinear(64, 64, 64), torch.randn(4, 64), torch.randn(4, 64)).reason
+
+
+def test_products_in_branches_are_counted() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.yes, self.no = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda x: self.yes(x), lambda x: self.no(self.no(x)), (x,))
+
+    linear = only_linear(Branches(), torch.randn(4, 64))
+    assert linear.left_because == "unsupported"
+    assert linear.reason == "3 product(s) inside cond, which is not looked into"
+
+
+def test_float64_is_reported_as_unsupported() -> None:
+    linear = only_linear(nn.Linear(80, 80).double(), torch.randn(4, 80).double())
+    assert linear.left_because == "unsupported"
+    assert "float64" in linear.reason
+
+
+def test_products_of_activations_are_no_linears() -> None:
+    class Attention(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return (q @ q.transpose(-1, -2)).softmax(-1) @ q
+
+    compiled, backend = capture(Attention())
+    compiled(torch.randn(2, 64, 64, requires_grad=True))
+    assert backend.report(None).linears == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ("lm_head", "output head"),
+        ("router", "router of a mixture of experts"),
+        ("small", "8 features, below 64"),
+        ("tied", "its weight is also an embedding"),
+    ],
+)
+def test_defaults_leave_heads_routers_small_and_tied_linears(names: str, reason: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(100, 128)
+            self.body = nn.Linear(128, 128)
+            setattr(self, names, nn.Linear(128, 8 if names == "small" else 100))
+            if names == "tied":
+                self.tied.weight = self.embedding.weight
+
+        def forward(self, i: Tensor) -> Tensor:
+            return getattr(self, names)(self.body(self.embedding(i)))
+
+    model = Model()
+    compiled, backend = capture(model)
+    compiled(torch.randint(0, 100, (2, 8)))
+    body, left = backend.report(model).linears
+    assert (body.name, body.products) == ("body", ("y", "dx", "dw"))
+    assert (left.left_because, left.products) == ("default", ())
+    assert reason in left.reason
+
+
+def test_a_numbered_output_is_no_head() -> None:
+    """BERT's `layer.3.output.dense` and a block's `layers.0.output` are ordinary linears."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.output = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Block()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x)
+
+    assert only_linear(Model(), torch.randn(4, 64)).products == ("y", "dw")
+
+
+def test_an_input_made_of_parameters_is_reported() -> None:
+    class Latents(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents, self.q = nn.Parameter(torch.randn(4, 80)), nn.Linear(80, 80)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.q(self.latents)
+
+    linear = only_linear(Latents(), torch.randn(4, 80))
+    assert (linear.name, linear.left_because) == ("q", "unsupported")
+    assert "parameters or constants" in linear.reason
+
+
+def test_a_computed_weight_is_left_unless_it_is_asked_for() -> None:
+    """Its gradient goes on through what computed it."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(66, 70) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * 3)
+
+    model, x = Scaled(), torch.randn(40, 70)
+    left = only_linear(model, x, min_features=1)
+    assert (left.left_because, left.products) == ("default", ())
+    assert "computed from parameters" in left.reason
+    compiled, backend = capture(model, min_features=1, include=["*"])
+    with recorded_seeds() as seeds:
+        y = compiled(x)
+        e = torch.randn_like(y)
+        y.backward(e)
+    assert backend.report(model).linears[0].products == ("y", "dw")
+    x64, w64, e64 = x.double().numpy(), (model.weight.detach() * 3).double().numpy(), e.double().numpy()
+    assert relative_error(y, independent.linear(x64, w64)) < 1e-6
+    assert relative_error(model.weight.grad, 3 * independent.wgrad(e64, x64, seeds.transposed[0])) < 1e-6
