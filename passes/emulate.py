@@ -5,6 +5,7 @@ made in the same graph, their quantizers can write these numbers in the pass in 
 
     matmul(quantize(x), quantize(w), bias)                   matmul_values(x', w', bias)  with x' from quantize_with_values(x)
     matmul(quantize_grad(e), requantize(packed w), 1/128)    matmul_values(grad_values(e, 1/128), requantize_values(packed w))
+    grouped_matmul, grouped_outer                            aten._grouped_mm of values
 
 The forward quantizers write both where the backward pass reads the packed matrices; all others write values alone. A gradient that two
 products read in both orientations is read once. This runs on the forward and the backward graph after the partitioner has split
@@ -21,11 +22,11 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
-from quartet_compile.kernels import value_ops  # noqa: F401  (registers the operators)
+from quartet_compile.kernels import grouped_ops, value_ops  # noqa: F401  (register the operators)
 from quartet_compile.passes.nodes import add_call
 from quartet_compile.passes.pipeline import source_hash
 
-quartet = torch.ops.quartet
+aten, quartet = torch.ops.aten, torch.ops.quartet
 
 QUANTIZERS = (quartet.quantize.default, quartet.quantize_grad.default, quartet.requantize.default)
 
@@ -49,31 +50,56 @@ class EmulationPass(CustomGraphPass):
 
 
 def emulate(graph: Graph, native: Callable[[torch.device], bool] = multiplies_packed) -> None:
-    """Rewrite, in place, the products on devices that are not native."""
+    """Rewrite, in place, the products on devices that are not native, and those of groups on all GPUs, none of which has them for NVFP4."""
     products: list[tuple[Node, Node, Node]] = []
     scales: dict[Node, float] = {}
-    for node in graph.find_nodes(op="call_function", target=quartet.matmul.default):
-        left, right = _quantizer(node.args[0:3]), _quantizer(node.args[3:6])
-        if left is None or right is None or native(node.meta["val"].device):
-            continue
-        if (left.target is quartet.quantize.default) != (right.target is quartet.quantize.default):
-            continue  # rotated values stand in an order of their own (`value_ops.product_order`)
-        # The factor that undoes two rotations goes into the gradient's values.
-        scale: Any = node.args[7]
-        gradients = [q for q in (left, right) if q.target is quartet.quantize_grad.default]
-        if len(gradients) > 1 or (scale != 1.0 and not gradients) or any(scales.get(q, scale) != scale for q in gradients):
-            continue
-        scales.update(dict.fromkeys(gradients, scale))
-        products.append((node, left, right))
+    for target in (quartet.matmul.default, quartet.grouped_matmul.default, quartet.grouped_outer.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            device = node.meta["val"].device
+            left, right = _quantizer(node.args[0:3]), _quantizer(node.args[3:6])
+            if left is None or right is None or (native(device) and (target is quartet.matmul.default or device.type != "cuda")):
+                continue
+            if (left.target is quartet.quantize.default) != (right.target is quartet.quantize.default):
+                continue  # rotated values stand in an order of their own (`value_ops.product_order`)
+            # The factor that undoes two rotations goes into the gradient's values.
+            scale = _scale(node)
+            gradients = [q for q in (left, right) if q.target is quartet.quantize_grad.default]
+            if len(gradients) > 1 or (scale != 1.0 and not gradients) or any(scales.get(q, scale) != scale for q in gradients):
+                continue
+            scales.update(dict.fromkeys(gradients, scale))
+            products.append((node, left, right))
     values = _Values(graph, scales)
     for node, left, right in products:
-        args = values.of(left), values.of(right), node.args[6], node.args[8]
         with graph.inserting_before(node):
-            new = add_call(graph, quartet.matmul_values.default, args, node, f"{node.name}_values")
+            new = _product_of_values(graph, node, values.of(left), values.of(right))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     graph.eliminate_dead_code()
     _leave_out_codes(graph)
+
+
+def _scale(product: Node) -> float:
+    arguments: Any = product.args
+    return arguments[8 if product.target is quartet.grouped_matmul.default else 7]
+
+
+def _product_of_values(graph: Graph, product: Node, left: Node, right: Node) -> Node:
+    """The product that takes the place of a packed one; of groups, torch's own."""
+    arguments: Any = product.args
+    name = f"{product.name}_values"
+    if product.target is quartet.matmul.default:
+        return add_call(graph, quartet.matmul_values.default, (left, right, arguments[6], arguments[8]), product, name)
+    ends = arguments[6]
+    if product.target is quartet.grouped_outer.default:
+        turned = add_call(graph, aten.permute.default, (right, [1, 0]), product, f"{right.name}_t")
+    else:
+        groups = ends.meta["val"].shape[0]
+        rows, columns = right.meta["val"].shape
+        across = arguments[7]
+        shape, order = ([rows, groups, columns // groups], [1, 2, 0]) if across else ([groups, rows // groups, columns], [0, 2, 1])
+        matrices = add_call(graph, aten.view.default, (right, shape), product, f"{right.name}_groups")
+        turned = add_call(graph, aten.permute.default, (matrices, order), product, f"{right.name}_groups_t")
+    return add_call(graph, aten._grouped_mm.default, (left, turned, ends), product, name)
 
 
 def _leave_out_codes(graph: Graph) -> None:

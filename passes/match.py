@@ -31,7 +31,10 @@ PRODUCTS = {
 }  # fmt: skip
 """Every operator that multiplies matrices. A convolution does if its kernel has one element (`_is_product`)."""
 
-REWRITTEN: dict[Any, Any] = {aten.mm.default: aten.mm.default, aten.addmm.default: aten.mm.default, aten.bmm.default: aten.bmm.default}
+REWRITTEN: dict[Any, Any] = {
+    aten.mm.default: aten.mm.default, aten.addmm.default: aten.mm.default, aten.bmm.default: aten.bmm.default,
+    aten._grouped_mm.default: aten._grouped_mm.default,
+}  # fmt: skip
 """The operators that are rewritten, and the operator that their gradients are."""
 
 
@@ -50,8 +53,9 @@ class Site:
     """One linear: x [T, I] times w [O, I] transposed, plus bias [O].
 
     forward: the node that holds y [T, O] or, transposed, y [O, T]. Of a batched product the site is one matrix, number `batch` of all its
-    tensors; or, "folded", the whole of it, where all matrices meet the same weight. computed: the weight is computed from parameters.
-    embeds: an embedding reads the same parameter.
+    tensors; or, "folded", the whole of it, where all matrices meet the same weight. ends: of `_grouped_mm`, the node that says where each
+    group of x's rows ends; w is a stack of matrices, one for each. computed: the weight is computed from parameters. embeds: an embedding
+    reads the same parameter.
     """
 
     place: Place
@@ -63,6 +67,7 @@ class Site:
     dgrad: Gradient | None = None
     wgrad: Gradient | None = None
     transposed: bool = False
+    ends: Node | None = None
     computed: bool = False
     embeds: bool = False
 
@@ -76,8 +81,15 @@ class Site:
         return self.x.batch
 
     @property
+    def groups(self) -> int | None:
+        """How many groups of tokens there are, each with a weight of its own."""
+        return None if self.ends is None else int(self.w.base.meta["val"].shape[0])
+
+    @property
     def name(self) -> str:
-        """That of its place; of several matrices of a batch, with the number of this one."""
+        """That of its place; of several matrices of a batch, with the number of this one; of groups, with their numbers."""
+        if self.groups is not None:
+            return f"{self.place.name}[0:{self.groups}]"
         several = isinstance(self.batch, int) and int(self.forward.meta["val"].shape[0]) > 1
         return f"{self.place.name}[{self.batch}]" if several else self.place.name
 
@@ -167,13 +179,14 @@ def _match_product(
     if node.target is aten.bmm.default:
         batches = ["folded"] if _is_expanded(weight) else range(int(node.meta["val"].shape[0]))
     computed, embeds = origin[weight].kind is Kind.COMPUTED, bool(weights & embedded)
+    ends = _ends(node)
     sites: list[Site] = []
     for batch in batches:
-        first, second = _operands(left, right, batch)
+        first, second = _operands(node, batch)
         x, w = first, second.t
         if on_the_left:  # y^T = w x^T
             x, w = w, x
-        site = Site(place, node, x, w, bias, weights, transposed=on_the_left, computed=computed, embeds=embeds)
+        site = Site(place, node, x, w, bias, weights, transposed=on_the_left, ends=ends, computed=computed, embeds=embeds)
         matched = _match_backward(site, gradients)
         if isinstance(matched, Unsupported):
             return [matched]
@@ -189,13 +202,15 @@ def _unsupported(node: Node, kinds: tuple[Kind, Kind], bias: Node | None, weight
         return f"its product is {node.target}, which is not rewritten"
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
         return "its addmm scales the product or the bias (alpha, beta)"
-    dtypes = {n.meta["val"].dtype for n in node.all_input_nodes if n is not bias} | {node.meta["val"].dtype}
+    dtypes = {n.meta["val"].dtype for n in (*_arguments(node)[1:], node)}
     if not dtypes <= set(OPERAND_DTYPES):
         return f"its dtype is {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
     if bias is not None and on_the_left:
         return "its addmm has the weight on the left of the product (bias + w @ x)"
     if bias is not None and bias.meta["val"].shape != node.meta["val"].shape[1:]:
         return f"its bias has the shape {list(bias.meta['val'].shape)}, not one number a feature"
+    if node.target is aten._grouped_mm.default:
+        return _unsupported_groups(node)
     if node.target is aten.bmm.default:
         if _is_expanded(weight) and on_the_left:
             return "its weight is on the left of a batch of products (w @ x)"
@@ -204,23 +219,40 @@ def _unsupported(node: Node, kinds: tuple[Kind, Kind], bias: Node | None, weight
     return ""
 
 
+def _unsupported_groups(node: Node) -> str:
+    _, left, right = _arguments(node)
+    if (left.meta["val"].dim(), right.meta["val"].dim()) != (2, 3) or _ends(node) is None:
+        return "its _grouped_mm is not one of tokens [T, I] with weights [G, I, O]"
+    return "its _grouped_mm has a bias" if node.kwargs.get("bias") or node.args[3:4] not in ((), (None,)) else ""
+
+
+def _ends(product: Node) -> Node | None:
+    """Where each group of rows ends, of a `_grouped_mm`."""
+    if product.target is not aten._grouped_mm.default:
+        return None
+    (ends,) = product.args[2:3] or (product.kwargs.get("offs"),)
+    return ends if isinstance(ends, Node) else None
+
+
 def _is_expanded(weight: Node) -> bool:
     """Whether a batch is one matrix over and over: torch.matmul makes that of a frozen weight where x is no view of a matrix."""
     value = weight.meta["val"]
     return value.stride(0) == 0 and not (isinstance(value.shape[0], int) and value.shape[0] == 1)
 
 
-def _operands(left: Node, right: Node, batch: Batch) -> tuple[Operand, Operand]:
+def _operands(product: Node, batch: Batch) -> tuple[Operand, Operand]:
     """Both operands of a product. Where one is folded, the other is the same for all of the batch: its first matrix."""
+    _, left, right = _arguments(product)
+    if product.target is aten._grouped_mm.default:
+        return operand(left), operand(right, "each" if right.meta["val"].dim() == 3 else None)
     return operand(left, batch), operand(right, 0 if batch == "folded" else batch)
 
 
 def _match_backward(site: Site, gradients: list[Node]) -> Site | Unsupported:
     dgrad, wgrad = None, None
     for node in gradients:
-        _, left_node, right_node = _arguments(node)
-        left, right = _operands(left_node, right_node, site.batch)
-        plain = node.target is REWRITTEN[site.forward.target]
+        left, right = _operands(node, site.batch)
+        plain = node.target is REWRITTEN[site.forward.target] and _ends(node) is site.ends
         if plain and right == site.w and dgrad is None:
             dgrad = Gradient(node, left)
         elif plain and left == site.w.t and dgrad is None:  # of an x that is stored transposed

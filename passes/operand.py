@@ -14,13 +14,15 @@ TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
 ALIASES = {aten.alias.default, aten.detach.default}
 
 
-Batch = int | Literal["folded"] | None
-"""Which matrix of a tensor is meant: of three dimensions, one by its number, or all of them on top of each other; of two, None."""
+Batch = int | Literal["folded", "each"] | None
+"""Which matrix of a tensor is meant: of two dimensions, None; of three, one by its number, all of them on top of each other ("folded"), or
+every one of them, for a group of rows of its own ("each")."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A matrix [rows, columns]: `base`, or base[batch], or base.flatten(0, 1) where `batch` is "folded"; or the transpose of that."""
+    """A matrix [rows, columns]: `base`, or base[batch], or base.flatten(0, 1) where `batch` is "folded", or a stack of matrices where it is
+    "each"; or the transpose of that."""
 
     base: Node
     transposed: bool

@@ -9,7 +9,8 @@ operand: three linears that share x share its requantized transpose, hence its r
 to stay in the backward graph; otherwise the partitioner may draw the seeds twice, and the two operands of a product would be rotated
 differently, or move the requantized operands into the forward pass and save them.
 
-The matrices of a batched product are linears of their own, each with its tensor scales; their results are put together again.
+The matrices of a batched product are linears of their own, each with its tensor scales; their results are put together again. Products of
+groups of tokens are written by `grouped`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch._inductor import inductor_prims  # noqa: F401  (registers prims.inductor_seeds)
 from torch.fx import Graph, Node
 
+from quartet_compile.passes.grouped import GroupedWriter
 from quartet_compile.passes.match import Gradient, Site
 from quartet_compile.passes.nodes import add_call
 from quartet_compile.passes.operand import Batch, Operand
@@ -45,7 +47,7 @@ def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
 
     All new nodes are built before the first old one goes, so an error leaves the graph as it was.
     """
-    writer = _Writer(graph)
+    writer = Writer(graph)
     results: dict[Node, dict[Batch, Node]] = {}
     try:
         order = {node: i for i, node in enumerate(graph.nodes)}
@@ -53,8 +55,8 @@ def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
         for site, recipe in placed:
             if recipe.forward is None:
                 continue
-            x, w = writer.forward_operands(site, recipe.forward)
-            _claim(results, site.forward, site.batch, writer.forward(site, x, w, recipe.forward))
+            y, x, w = writer.forward(site, recipe.forward)
+            _claim(results, site.forward, site.batch, y)
             for kind, gradient, product, saved in (("dx", site.dgrad, recipe.dgrad, w), ("dw", site.wgrad, recipe.wgrad, x)):
                 if gradient is not None and product is not None:
                     backward.append((gradient.node, site.batch, writer.gradient_builder(site, kind, gradient, product, saved)))
@@ -79,7 +81,7 @@ def _claim(results: dict[Node, dict[Batch, Node]], product: Node, batch: Batch, 
     parts[batch] = result
 
 
-class _Writer:
+class Writer:
     """Adds nodes to a graph, remembers what was packed already, and can take everything back."""
 
     def __init__(self, graph: Graph) -> None:
@@ -90,6 +92,7 @@ class _Writer:
         self.rotations: dict[tuple[str, PackedNodes, Cell], tuple[int, PackedNodes]] = {}
         self.seeds: dict[torch.device, Node] = {}
         self.rotation_count: dict[torch.device, int] = {}
+        self.grouped = GroupedWriter(self)
 
     def undo(self) -> None:
         for node in reversed(self.added):
@@ -142,24 +145,31 @@ class _Writer:
 
     # -- forward
 
-    def forward_operands(self, site: Site, product: Product) -> tuple[PackedNodes, PackedNodes]:
-        with self.graph.inserting_before(site.forward):
-            return self.quantized(site, site.x, product.left, "x"), self.quantized(site, site.w, product.right, "w")
-
-    def quantized(self, site: Site, o: Operand, cell: Cell, role: str) -> PackedNodes:
+    def quantized_as(self, o: Operand, cell: Cell, like: Node, name: str, matrix: Callable[[], Node]) -> PackedNodes:
+        """An operand, quantized once; `matrix` makes what the quantizer reads."""
         if (o, cell) not in self.packed:
-            name = f"{_stem(site)}_{role}"
-            node = self.matrix(o, site.forward)
-            if o.transposed:
-                node = self.call(aten.permute.default, (node, [1, 0]), site.forward, f"{name}_t")
-            self.packed[o, cell] = self.call_packed(quartet.quantize.default, (node, cell.rule), site.forward, name)
+            self.packed[o, cell] = self.call_packed(quartet.quantize.default, (matrix(), cell.rule), like, name)
         return self.packed[o, cell]
 
-    def forward(self, site: Site, x: PackedNodes, w: PackedNodes, product: Product) -> Node:
+    def quantized(self, site: Site, o: Operand, cell: Cell, role: str) -> PackedNodes:
+        name = f"{_stem(site)}_{role}"
+
+        def matrix() -> Node:
+            node = self.matrix(o, site.forward)
+            return self.call(aten.permute.default, (node, [1, 0]), site.forward, f"{name}_t") if o.transposed else node
+
+        return self.quantized_as(o, cell, site.forward, name, matrix)
+
+    def forward(self, site: Site, product: Product) -> tuple[Node, PackedNodes, PackedNodes]:
+        """(y, packed x, packed w)."""
+        if site.ends is not None:
+            return self.grouped.forward(site, product, _stem(site))
         dtype = site.forward.meta["val"].dtype
-        left, right = (w, x) if site.transposed else (x, w)
         with self.graph.inserting_before(site.forward):
-            return self.call(quartet.matmul.default, (*left, *right, site.bias, product.scale, dtype), site.forward, f"{_stem(site)}_y")
+            x, w = self.quantized(site, site.x, product.left, "x"), self.quantized(site, site.w, product.right, "w")
+            left, right = (w, x) if site.transposed else (x, w)
+            args = (*left, *right, site.bias, product.scale, dtype)
+            return self.call(quartet.matmul.default, args, site.forward, f"{_stem(site)}_y"), x, w
 
     # -- backward
 
@@ -172,6 +182,8 @@ class _Writer:
         with self.graph.inserting_before(node):
             seeds = self.seeds_on(node)
             index, other = self.requantized(site, kind, saved, product.right, columns, seeds, node)
+            if site.ends is not None:
+                return self.grouped.gradient(site, gradient, product, index, seeds, other, name)
             args = (self.matrix(gradient.e, node), seeds, index, product.left.rule, gradient.e.transposed)
             e = self.call_packed(quartet.quantize_grad.default, args, node, f"{name}_e")
             left, right = (other, e) if gradient.transposed else (e, other)
@@ -208,4 +220,5 @@ class _Writer:
 
 def _stem(site: Site) -> str:
     """A short identifier for node names: the last two components of the module's path."""
-    return re.sub(r"\W", "_", "_".join(site.name.split(".")[-2:])).strip("_") or "linear"
+    name = site.name if site.ends is None else site.place.name
+    return re.sub(r"\W", "_", "_".join(name.split(".")[-2:])).strip("_") or "linear"

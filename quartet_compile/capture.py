@@ -19,7 +19,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 
 from quartet_compile.backend import Decompositions, active_scope, only_in_scope, parameter_names
-from quartet_compile.kernels.format import GROUP, ceil_to
+from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
+from quartet_compile.kernels.grouped_ops import padded_rows
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.locate import ROOT_NAME
@@ -200,9 +201,11 @@ def _linear(decision: Decision, seen: set[Operand], recomputed: frozenset[Operan
     if linear.wgrad is not None and linear.x not in seen:
         seen.add(linear.x)
         before = tokens * features_in * linear.x.base.meta["val"].element_size()
-        after = _packed_bytes(tokens, features_in) if "dw" in products else before
+        rows = tokens if linear.groups is None else padded_rows(tokens, linear.groups)
+        after = _packed_bytes(rows, features_in) if "dw" in products else before
         after = 0 if linear.x in recomputed else after
-    weight = _packed_bytes(features_out, features_in) if "dx" in products and linear.w not in recomputed else 0
+    outs = features_out if linear.groups is None else linear.groups * ceil_to(features_out, ROTATION)
+    weight = _packed_bytes(outs, features_in) if "dx" in products and linear.w not in recomputed else 0
     return LinearReport(
         linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
         decision.left_because, before, after, weight,

@@ -120,7 +120,7 @@ def test_the_seeds_are_drawn_in_the_backward_graph_only() -> None:
 
 def test_an_error_while_rewriting_leaves_the_graph_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
-    original = rewrite._Writer.gradient
+    original = rewrite.Writer.gradient
 
     def failing(self: Any, *args: Any) -> Any:
         nonlocal calls
@@ -129,7 +129,7 @@ def test_an_error_while_rewriting_leaves_the_graph_as_it_was(monkeypatch: pytest
             raise RuntimeError("planted")
         return original(self, *args)
 
-    monkeypatch.setattr(rewrite._Writer, "gradient", failing)
+    monkeypatch.setattr(rewrite.Writer, "gradient", failing)
 
     backend, seen = GraphCapture(Options()), {}
     real_run = pipeline.run
