@@ -1,9 +1,9 @@
 """Step 1: find every linear of a joint graph, with its three products.
 
 A linear is a matrix product of an activation with a parameter. Its forward is `mm`, `addmm` or, for each matrix of a batch, `bmm`, with the
-weight on either side; its gradients are the backward `mm` or `bmm` nodes that carry the same autograd sequence number and read the same
-weight (dgrad) or the same activation (wgrad). Both signs must agree: the number alone also names nodes we do not know, and the structure
-alone cannot tell two uses of one weight apart.
+weight on either side; `_grouped_mm` of tokens with experts; or a `convolution` with a kernel of one element. Its gradients are the backward
+products that carry the same autograd sequence number and read the same weight (dgrad) or the same activation (wgrad). Both signs must
+agree: the number alone also names nodes we do not know, and the structure alone cannot tell two uses of one weight apart.
 
 Products of an activation with something that stems from a parameter, but in a form that is not rewritten, come back as `Unsupported`,
 so that every linear is accounted for.
@@ -19,6 +19,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from quartet_compile.kernels.ops import OPERAND_DTYPES
+from quartet_compile.passes import convolution
 from quartet_compile.passes.locate import Place, locate
 from quartet_compile.passes.operand import Batch, Operand, operand
 from quartet_compile.passes.provenance import Kind, Origin, dynamo_input_index, origins
@@ -29,11 +30,11 @@ PRODUCTS = {
     aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.addmv.default,
     aten._grouped_mm.default, aten._scaled_mm.default, aten._trilinear.default,
 }  # fmt: skip
-"""Every operator that multiplies matrices. A convolution does if its kernel has one element (`_is_product`)."""
+"""Every operator that multiplies matrices. A convolution does if its kernel has one element (`convolution.is_pointwise`)."""
 
 REWRITTEN: dict[Any, Any] = {
     aten.mm.default: aten.mm.default, aten.addmm.default: aten.mm.default, aten.bmm.default: aten.bmm.default,
-    aten._grouped_mm.default: aten._grouped_mm.default,
+    aten._grouped_mm.default: aten._grouped_mm.default, aten.convolution.default: aten.convolution_backward.default,
 }  # fmt: skip
 """The operators that are rewritten, and the operator that their gradients are."""
 
@@ -125,10 +126,7 @@ def match(graph: Graph, parameters: Mapping[int, str]) -> list[Site | Unsupporte
 
 
 def _is_product(node: Node) -> bool:
-    if node.target is aten.convolution.default:
-        weight, groups = node.all_input_nodes[1], node.args[8]
-        return bool(groups == 1 and all(n == 1 for n in weight.meta["val"].shape[2:]))
-    return node.target in PRODUCTS
+    return node.target in PRODUCTS or convolution.is_pointwise(node)
 
 
 def _inside(node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, str]) -> list[Unsupported]:
@@ -175,7 +173,7 @@ def _match_product(
     weight = left if on_the_left else right
     if reason := _unsupported(node, kinds, bias, weight, on_the_left):
         return [Unsupported(place, node, reason)]
-    batches: Sequence[Batch] = [None]
+    batches: Sequence[Batch] = ["pixels" if node.target is aten.convolution.default else None]
     if node.target is aten.bmm.default:
         batches = ["folded"] if _is_expanded(weight) else range(int(node.meta["val"].shape[0]))
     computed, embeds = origin[weight].kind is Kind.COMPUTED, bool(weights & embedded)
@@ -207,10 +205,12 @@ def _unsupported(node: Node, kinds: tuple[Kind, Kind], bias: Node | None, weight
         return f"its dtype is {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
     if bias is not None and on_the_left:
         return "its addmm has the weight on the left of the product (bias + w @ x)"
-    if bias is not None and bias.meta["val"].shape != node.meta["val"].shape[1:]:
+    if bias is not None and node.target is aten.addmm.default and bias.meta["val"].shape != node.meta["val"].shape[1:]:
         return f"its bias has the shape {list(bias.meta['val'].shape)}, not one number a feature"
     if node.target is aten._grouped_mm.default:
         return _unsupported_groups(node)
+    if node.target is aten.convolution.default:
+        return convolution.unsupported(node)
     if node.target is aten.bmm.default:
         if _is_expanded(weight) and on_the_left:
             return "its weight is on the left of a batch of products (w @ x)"
@@ -243,6 +243,8 @@ def _is_expanded(weight: Node) -> bool:
 def _operands(product: Node, batch: Batch) -> tuple[Operand, Operand]:
     """Both operands of a product. Where one is folded, the other is the same for all of the batch: its first matrix."""
     _, left, right = _arguments(product)
+    if product.target is aten.convolution.default:
+        return operand(left, batch), operand(right, batch).t
     if product.target is aten._grouped_mm.default:
         return operand(left), operand(right, "each" if right.meta["val"].dim() == 3 else None)
     return operand(left, batch), operand(right, 0 if batch == "folded" else batch)
@@ -250,6 +252,8 @@ def _operands(product: Node, batch: Batch) -> tuple[Operand, Operand]:
 
 def _match_backward(site: Site, gradients: list[Node]) -> Site | Unsupported:
     dgrad, wgrad = None, None
+    if site.batch == "pixels":
+        return _match_convolution_backward(site, gradients)
     for node in gradients:
         left, right = _operands(node, site.batch)
         plain = node.target is REWRITTEN[site.forward.target] and _ends(node) is site.ends
@@ -266,11 +270,25 @@ def _match_backward(site: Site, gradients: list[Node]) -> Site | Unsupported:
     return replace(site, dgrad=dgrad, wgrad=wgrad)
 
 
+def _match_convolution_backward(site: Site, gradients: list[Node]) -> Site | Unsupported:
+    if not gradients:
+        return site
+    backward = gradients[0]
+    e, *inputs = backward.all_input_nodes[:3]
+    if len(gradients) > 1 or [operand(n, "pixels") for n in inputs] != [site.x, site.w]:
+        return Unsupported(site.place, site.forward, f"its backward product {backward.name} has an unknown form")
+    parts = convolution.gradients(backward)
+    dgrad, wgrad = (Gradient(parts[i], operand(e, "pixels").t if i else operand(e, "pixels")) if i in parts else None for i in (0, 1))
+    return replace(site, dgrad=dgrad, wgrad=wgrad)
+
+
 def _arguments(node: Node) -> tuple[Node | None, Node, Node]:
     """(bias, left, right) of a product."""
     nodes = [a for a in node.args if isinstance(a, Node)]
     if node.target in (aten.addmm.default, aten.baddbmm.default, aten.addmv.default):
         return nodes[0], nodes[1], nodes[2]
+    if node.target is aten.convolution.default:
+        return (nodes[2] if len(nodes) > 2 else None), nodes[0], nodes[1]
     return None, nodes[0], nodes[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,15 +15,15 @@ TRANSPOSES = {aten.permute.default, aten.t.default, aten.transpose.int}
 ALIASES = {aten.alias.default, aten.detach.default}
 
 
-Batch = int | Literal["folded", "each"] | None
+Batch = int | Literal["folded", "each", "pixels"] | None
 """Which matrix of a tensor is meant: of two dimensions, None; of three, one by its number, all of them on top of each other ("folded"), or
-every one of them, for a group of rows of its own ("each")."""
+every one of them, for a group of rows of its own ("each"); of [N, channels, ...], the channels of each pixel ("pixels")."""
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A matrix [rows, columns]: `base`, or base[batch], or base.flatten(0, 1) where `batch` is "folded", or a stack of matrices where it is
-    "each"; or the transpose of that."""
+    """A matrix [rows, columns]: `base`, or base[batch], or base.flatten(0, 1) where `batch` is "folded", a stack of matrices where it is
+    "each", base.movedim(1, -1).flatten(0, -2) where it is "pixels"; or the transpose of that."""
 
     base: Node
     transposed: bool
@@ -34,15 +35,19 @@ class Operand:
 
     @property
     def shape(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
-        *leading, rows, columns = self.base.meta["val"].shape
+        if self.batch == "pixels":
+            rows, columns, *leading = self.base.meta["val"].shape
+            rows = math.prod(leading, start=rows)
+        else:
+            *leading, rows, columns = self.base.meta["val"].shape
         if self.batch == "folded":
             rows = rows * leading[0]
         return (columns, rows) if self.transposed else (rows, columns)
 
 
 def operand(node: Node, batch: Batch = None) -> Operand:
-    """The matrix that a node holds, looking through transposes and aliases. Nothing is looked through where matrices are folded."""
-    if batch == "folded":
+    """The matrix that a node holds, looking through transposes and aliases; not where matrices are folded or made of pixels."""
+    if batch in ("folded", "pixels"):
         return Operand(node, False, batch)
     transposed = False
     while True:

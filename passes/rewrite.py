@@ -24,6 +24,7 @@ import torch
 from torch._inductor import inductor_prims  # noqa: F401  (registers prims.inductor_seeds)
 from torch.fx import Graph, Node
 
+from quartet_compile.passes import convolution
 from quartet_compile.passes.grouped import GroupedWriter
 from quartet_compile.passes.match import Gradient, Site
 from quartet_compile.passes.nodes import add_call
@@ -70,7 +71,10 @@ def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
         raise
     for old, new in replacements.items():
         old.replace_all_uses_with(new)
+        source: Any = old.args[0]
         graph.erase_node(old)
+        if source.target is aten.convolution_backward.default:
+            convolution.narrow(source)
     graph.eliminate_dead_code()
 
 
@@ -117,6 +121,10 @@ class Writer:
         if (o.base, o.batch) not in self.matrices:
             if o.batch == "folded":
                 call: tuple[Any, tuple[Any, ...]] = aten.reshape.default, (o.base, [-1, o.base.meta["val"].shape[-1]])
+            elif o.batch == "pixels":
+                channels, last = o.base.meta["val"].shape[1], o.base.meta["val"].dim()
+                pixels = self.call(aten.permute.default, (o.base, [0, *range(2, last), 1]), like, f"{o.base.name}_channels_last")
+                call = aten.reshape.default, (pixels, [-1, channels])
             else:
                 call = aten.select.int, (o.base, 0, o.batch)
             self.matrices[o.base, o.batch] = self.call(*call, like, f"{o.base.name}_{o.batch}")
@@ -126,6 +134,9 @@ class Writer:
         """The result in place of a product: of a batched one, all its matrices."""
         if None in parts:
             return parts[None]
+        if "pixels" in parts:
+            with self.graph.inserting_before(product):
+                return self.image(product, parts["pixels"])
         if "folded" in parts:
             with self.graph.inserting_before(product):
                 left, features = product.all_input_nodes[0], product.meta["val"].shape[-1]
@@ -137,6 +148,16 @@ class Writer:
             names = [f"{product.name}_{i}" for i in range(len(parts))]
             matrices = [self.call(aten.unsqueeze.default, (parts[i], 0), product, name) for i, name in enumerate(names)]
             return matrices[0] if len(matrices) == 1 else self.call(aten.cat.default, (matrices,), product, f"{product.name}_all")
+
+    def image(self, product: Node, pixels: Node) -> Node:
+        """[pixels, channels] in the shape of a convolution's result, or of a gradient of it."""
+        count, channels, *sizes = product.meta["val"].shape
+        (like, *_) = product.all_input_nodes
+        like = like.all_input_nodes[0] if like.target is aten.convolution_backward.default else like  # its pixels are as many, if dynamic
+        shape = [n if isinstance(n, int) else self.size(like, d) for n, d in ((count, 0), *((n, 2 + i) for i, n in enumerate(sizes)))]
+        last = self.call(aten.view.default, (pixels, [*shape, channels]), product, f"{product.name}_channels_last")
+        order = [0, len(shape), *range(1, len(shape))]
+        return self.call(aten.permute.default, (last, order), product, f"{product.name}_image")
 
     def size(self, of: Node, dimension: int) -> Node | int:
         """A size, as a node where it is symbolic."""

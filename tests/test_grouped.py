@@ -12,6 +12,7 @@ from support import capture, relative_error
 from test_emulate import emulation_everywhere
 from test_emulate import step as inductor_step
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 
 from quartet_compile.kernels import grouped_ops, reference
 from quartet_compile.kernels.format import Quantized
@@ -244,3 +245,19 @@ def test_values_give_the_numbers_of_the_packed_products(ends: list[int]) -> None
     assert all("quartet.grouped_" not in graph and "aten._grouped_mm" in graph for graph in graphs)
     for a, b in zip(ours, expected, strict=True):
         assert (a - b).float().norm() <= 2**-7 * b.float().norm()
+
+
+@pytest.mark.slow
+def test_rows_are_moved_by_pointwise_code_where_kernels_are_lowered() -> None:
+    pytest.importorskip("triton")
+    import quartet_compile.kernels.lowerings  # noqa: F401  (registers them, for every device)
+
+    def move(x: Tensor, rows: Tensor) -> Tensor:
+        return quartet.take_rows(x * 2, rows) + 1
+
+    x, rows = torch.randn(5, 64), torch.tensor([3, -1, 0, 4, -1, 3], dtype=torch.int32)
+    x[1] = torch.nan
+    for dynamic in (False, True):
+        ours, code = run_and_get_code(torch.compile(move, dynamic=dynamic, fullgraph=True), x, rows)
+        assert torch.equal(ours, move(x, rows))
+        assert "= torch.ops.quartet.take_rows" not in "".join(code)

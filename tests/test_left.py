@@ -48,13 +48,20 @@ def test_a_scaled_addmm_is_reported() -> None:
     assert "alpha" in only_linear(Scaled(), torch.randn(4, 80)).reason
 
 
-@pytest.mark.parametrize("kernel", [nn.Conv1d, nn.Conv2d])
-def test_a_convolution_with_a_kernel_of_one_element_is_reported(kernel: type[nn.Module]) -> None:
-    x = torch.randn(2, 64, *[8] * (1 if kernel is nn.Conv1d else 2))
-    assert "aten.convolution" in only_linear(kernel(64, 64, 1), x).reason
-    compiled, backend = capture(kernel(64, 64, 3))
-    compiled(x)
-    assert backend.report(None).linears == (), "other convolutions are no linears"
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(nn.Conv2d(64, 64, 1, stride=2), "stride or padding"), (nn.Conv2d(64, 64, 1, padding=1), "stride or padding"),
+     (nn.ConvTranspose2d(64, 64, 1), "transposed one")],
+)  # fmt: skip
+def test_a_convolution_that_is_no_linear_of_all_pixels_is_reported(model: nn.Module, reason: str) -> None:
+    assert reason in only_linear(model, torch.randn(2, 64, 8, 8)).reason
+
+
+@pytest.mark.parametrize("model", [nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1, groups=2)])
+def test_other_convolutions_are_no_linears(model: nn.Module) -> None:
+    compiled, backend = capture(model)
+    compiled(torch.randn(2, 64, 8, 8))
+    assert backend.report(None).linears == ()
 
 
 def test_a_bilinear_is_reported() -> None:
