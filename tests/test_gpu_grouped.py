@@ -60,8 +60,8 @@ def test_a_step_equals_that_of_the_operators_one_by_one(ends: list[int], dynamic
         results.append([y.detach(), leaf.grad, *(p.grad for p in model.parameters())])
     for i, (ours, expected) in enumerate(zip(*results, strict=True)):
         assert ours.isfinite().all(), i
-        # Outputs differ where a code flips, because what Inductor fuses is not rounded to bfloat16 in between: 2% of an operand. Gradients are
-        # rounded by draws that differ between the two (Inductor's generator is not eager's): by the error of both, 0.14 for each product.
+        # Outputs differ where a code flips, because what Inductor fuses is not rounded to bfloat16 in between: 2% of an operand. Gradients
+        # are rounded by draws that differ between the two (Inductor's generator is not eager's): by the error of both, 0.14 a product.
         bound = 0.05 if i == 0 else 0.5
         assert (ours - expected).float().norm() <= bound * expected.float().norm(), i
 
