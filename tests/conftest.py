@@ -11,6 +11,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else Inductor sta
 import pytest
 import torch
 
+pytest_plugins = ["compatibility", "pytester"]
+
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
