@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from quartet_compile.capture import GraphCapture
-from quartet_compile.kernels import cpu
+from quartet_compile.kernels import cpu, ops
 from quartet_compile.options import split_options
 
 
@@ -58,14 +59,27 @@ def train_step(model: torch.nn.Module, x: torch.Tensor, context: Any = None) -> 
     return y, e, seeds, backend.report(model)
 
 
+def _with_seed(function: Callable[..., Any], seed: int) -> Callable[..., Any]:
+    """The function, each element of its argument `seeds` replaced."""
+    position = list(inspect.signature(function).parameters).index("seeds")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args[:position], torch.full_like(args[position], seed), *args[position + 1 :], **kwargs)
+
+    return call
+
+
 @contextmanager
 def one_seed(seed: int = 1234) -> Iterator[None]:
-    """All rotations and draws on the CPU take the same seed, whoever asks for them; ranks still draw differently."""
-    quantize_grad, requantize = cpu.quantize_grad, cpu.requantize
-    fixed = torch.tensor([seed])
+    """All rotations and draws take the same seed, whoever asks for them, on the CPU and on GPUs; ranks still draw differently."""
+    drawing = ["quantize_grad", "quantize_grad_both", "requantize"]
+    kernels = [(cpu, drawing)]
+    if torch.cuda.is_available():
+        kernels.append((ops.triton_kernels(), [*drawing, "rotations", "grad_values", "requantize_values"]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "quantize_grad", lambda e, seeds, index, *rest: quantize_grad(e, fixed, 0, *rest))
-        patch.setattr(cpu, "requantize", lambda a, b, c, columns, seeds, index, *rest: requantize(a, b, c, columns, fixed, 0, *rest))
+        for module, names in kernels:
+            for name in names:
+                patch.setattr(module, name, _with_seed(getattr(module, name), seed))
         yield
 
 

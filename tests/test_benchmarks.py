@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import spread
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 OPERATORS = [
@@ -95,3 +97,56 @@ for row in rows:
     for row in others:
         assert float(row[4]) == pytest.approx(float(row[3]) / float(bf16[3]), rel=0.05)
         assert float(row[8]) == pytest.approx(float(bf16[5]) / float(row[5]), rel=0.05)
+
+
+# ---------------------------------------------------------------- two processes against one
+
+
+@pytest.mark.parametrize(("freedom", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (10, 2.228), (30, 2.042)])
+def test_quantiles_of_students_distribution(freedom, t):
+    """Against the tables in textbooks, two-sided, 5%."""
+    assert spread.quantile(0.95, freedom) == pytest.approx(t, abs=5e-4)
+
+
+def test_runs_of_the_same_kind_lie_inside_the_bound_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(spread, "COVERAGE", 0.9)
+    draws = np.random.default_rng(0).normal(3.0, 0.01, size=(2000, 9, 10))
+    inside = [spread.judge(runs[:6], runs[6:], {"all": slice(None)})[0]["inside"] for runs in draws]
+    assert np.mean(inside) == pytest.approx(0.9, abs=0.02)  # three standard errors
+
+
+def test_a_curve_that_lies_apart_at_its_end_is_outside_there():
+    one = np.random.default_rng(0).normal(3.0, 0.01, size=(6, 200))
+    two = np.random.default_rng(1).normal(3.0, 0.01, size=(3, 200))
+    two[:, -20:] += 0.02
+    first, last = spread.judge(one, two, {"first": slice(20), "last": slice(-20, None)})
+    assert first["inside"]
+    assert not last["inside"]
+    assert last["deviation"] == pytest.approx(0.02, abs=0.005)
+
+
+def test_without_two_gpus_one_line_says_so():
+    done = run("fsdp_curve.py")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("fsdp_curve.py: fewer than 2 CUDA GPUs")
+
+
+@pytest.mark.slow
+def test_fsdp_curve(tmp_path):
+    table, rows = smoke_test("fsdp_curve.py", tmp_path)
+    assert [(row["backend"], row["processes"]) for row in rows] == [(b, n) for b in ("inductor", "quartet") for n in (1, 2)]
+    assert sum(line.endswith("inside") for line in table) == 4
+    curves = {(row["backend"], row["processes"]): list(row["curves"].values()) for row in rows}
+    assert {key: len(runs) for key, runs in curves.items()} == {key: 4 if key[1] == 1 else 2 for key in curves}
+    for runs in curves.values():
+        for curve in runs:
+            assert curve[-1] < curve[0] - 1.5
+    # The same parameters, batches and, forward, codes: the first loss is that of all runs of a backend.
+    for backend in ("inductor", "quartet"):
+        first = [curve[0] for n in (1, 2) for curve in curves[backend, n]]
+        assert first == pytest.approx([first[0]] * 6, rel=1e-6)
+    # Without noise runs differ by rounding, with it by far more, each from every other.
+    last = {backend: [curve[-1] for n in (1, 2) for curve in curves[backend, n]] for backend in ("inductor", "quartet")}
+    assert max(last["inductor"]) - min(last["inductor"]) < 1e-4
+    assert len(set(last["quartet"])) == 6
