@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from quartet_compile.kernels.ops import OPERAND_DTYPES
 from quartet_compile.passes.locate import Place, locate
 from quartet_compile.passes.operand import Batch, Operand, operand
-from quartet_compile.passes.provenance import Kind, Origin, dynamo_input_index, origins
+from quartet_compile.passes.provenance import SHARDING_NAMESPACES, Kind, Origin, dynamo_input_index, origins
 
 aten = torch.ops.aten
 
@@ -30,6 +30,9 @@ PRODUCTS = {
     aten._grouped_mm.default, aten._scaled_mm.default, aten._trilinear.default,
 }  # fmt: skip
 """Every operator that multiplies matrices. A convolution does if its kernel has one element (`_is_product`)."""
+
+TORCH_NAMESPACES = ("aten", "prims", "prim", "inductor", "rngprims", "quartet")
+"""Namespaces of operators that are known to hold no product beside `PRODUCTS`."""
 
 REWRITTEN: dict[Any, Any] = {aten.mm.default: aten.mm.default, aten.addmm.default: aten.mm.default, aten.bmm.default: aten.bmm.default}
 """The operators that are rewritten, and the operator that their gradients are."""
@@ -106,6 +109,8 @@ def match(graph: Graph, parameters: Mapping[int, str]) -> list[Site | Unsupporte
             continue
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             found += _inside(node, origin, parameters)
+        elif _is_opaque(node):
+            found += _entering(node, origin, parameters)
         elif _is_product(node):
             # A product without gradients has the number of the differentiable one before it, so the first one owns what carries it.
             found += _match_product(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), embedded)
@@ -127,6 +132,22 @@ def _inside(node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, 
         return []
     place = locate(node, [])
     return [Unsupported(place, node, f"{count} product(s) inside {node.target}, which is not looked into")]
+
+
+def _is_opaque(node: Node) -> bool:
+    """True for an operator that neither torch nor we define: what it computes is not known."""
+    return getattr(node.target, "namespace", "aten") not in {*TORCH_NAMESPACES, *SHARDING_NAMESPACES}
+
+
+def _entering(node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, str]) -> list[Unsupported]:
+    """The matrices among the parameters that enter an unknown operator beside an activation of numbers."""
+    values: dict[Node, Any] = {n: n.meta.get("val") for n in node.all_input_nodes}
+    numbers = [n for n, value in values.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if all(origin[n].kind is not Kind.ACTIVATION for n in numbers):
+        return []
+    matrices = [origin[n].parameters for n in numbers if origin[n].kind is not Kind.ACTIVATION and values[n].dim() >= 2]
+    names = [[parameters[i] for i in map(dynamo_input_index, own) if i is not None] for own in matrices]
+    return [Unsupported(locate(node, own), node, f"it enters {node.target}, which is not looked into") for own in names if own]
 
 
 def _products_in(module: object) -> int:
@@ -154,7 +175,9 @@ def _match_product(
     """The sites of a product, all of them or a reason why not; nothing for a product that no parameter enters as a weight."""
     bias, left, right = _arguments(node)
     kinds = origin[left].kind, origin[right].kind
-    weights = origin[left].parameters | origin[right].parameters
+    if Kind.PICKED in kinds and (node.target is not aten.bmm.default or Kind.ACTIVATION not in kinds):  # then they are no weights
+        kinds = Kind.ACTIVATION if kinds[0] is Kind.PICKED else kinds[0], Kind.ACTIVATION if kinds[1] is Kind.PICKED else kinds[1]
+    weights = frozenset().union(*(origin[n].parameters for n, k in zip((left, right), kinds, strict=True) if k is not Kind.ACTIVATION))
     if not weights or (Kind.ACTIVATION not in kinds and kinds[1] is not Kind.PARAMETER):
         return []
     indices = (dynamo_input_index(w) for w in weights)
@@ -185,6 +208,8 @@ def _unsupported(node: Node, kinds: tuple[Kind, Kind], bias: Node | None, weight
     """Why a product with a parameter in it cannot be rewritten, or ""."""
     if Kind.ACTIVATION not in kinds:
         return "its input is made of parameters or constants, not an activation"
+    if Kind.PICKED in kinds:
+        return "its weights are picked from a parameter by data, a matrix for each row"
     if node.target not in REWRITTEN:
         return f"its product is {node.target}, which is not rewritten"
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
