@@ -121,7 +121,7 @@ def test_trains_on_one_batch(name: str) -> None:
     result = run(name)
     assert all(map(math.isfinite, result.losses))
     assert result.losses == sorted(result.losses, reverse=True), result.losses
-    assert result.not_reached == (["model.encoder.embed_positions.weight"] if name == "whisper" else [])  # sinusoids, frozen
+    assert result.not_reached == []
 
 
 @pytest.mark.parametrize(
