@@ -17,13 +17,17 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[demo,test,lint]"
 	touch $@
 
+$(VENV)/hf: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[hf]"
+	touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_gpt.py
 
 test: $(VENV)/ready
 	$(PYTEST) -n auto
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/ready $(VENV)/hf
 	$(PYTEST) -m "slow and not gpu"
 
 test-gpu: $(VENV)/ready

@@ -18,9 +18,9 @@ from torch.fx import Node
 
 from quartet_compile.kernels import grouped_ops  # noqa: F401  (registers the operators)
 from quartet_compile.kernels.format import ROTATION, ceil_to
-from quartet_compile.passes.match import Gradient, Site
 from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.recipe import Product
+from quartet_compile.passes.site import Gradient, Site
 
 if TYPE_CHECKING:
     from quartet_compile.passes.rewrite import PackedNodes, Writer

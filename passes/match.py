@@ -12,96 +12,27 @@ so that every linear is accounted for.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from quartet_compile.kernels.ops import OPERAND_DTYPES
 from quartet_compile.passes import convolution
-from quartet_compile.passes.locate import Place, locate
+from quartet_compile.passes.locate import locate
 from quartet_compile.passes.operand import Batch, Operand, operand
+from quartet_compile.passes.products import entering, in_regions, is_opaque, is_product
 from quartet_compile.passes.provenance import Kind, Origin, dynamo_input_index, origins
+from quartet_compile.passes.site import Gradient, Site, Unsupported
 
 aten = torch.ops.aten
-
-PRODUCTS = {
-    aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.addmv.default,
-    aten._grouped_mm.default, aten._scaled_mm.default, aten._trilinear.default,
-}  # fmt: skip
-"""Every operator that multiplies matrices. A convolution does if its kernel has one element (`convolution.is_pointwise`)."""
 
 REWRITTEN: dict[Any, Any] = {
     aten.mm.default: aten.mm.default, aten.addmm.default: aten.mm.default, aten.bmm.default: aten.bmm.default,
     aten._grouped_mm.default: aten._grouped_mm.default, aten.convolution.default: aten.convolution_backward.default,
 }  # fmt: skip
 """The operators that are rewritten, and the operator that their gradients are."""
-
-
-@dataclass(frozen=True)
-class Gradient:
-    """A backward product of a linear: the node, its gradient operand, and whether it holds the transposed result ([I, O] for dW,
-    [I, T] for dX)."""
-
-    node: Node
-    e: Operand
-    transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Site:
-    """One linear: x [T, I] times w [O, I] transposed, plus bias [O].
-
-    forward: the node that holds y [T, O] or, transposed, y [O, T]. Of a batched product the site is one matrix, number `batch` of all its
-    tensors; or, "folded", the whole of it, where all matrices meet the same weight. ends: of `_grouped_mm`, the node that says where each
-    group of x's rows ends; w is a stack of matrices, one for each. computed: the weight is computed from parameters. embeds: an embedding
-    reads the same parameter.
-    """
-
-    place: Place
-    forward: Node
-    x: Operand
-    w: Operand
-    bias: Node | None
-    parameters: frozenset[Node]
-    dgrad: Gradient | None = None
-    wgrad: Gradient | None = None
-    transposed: bool = False
-    ends: Node | None = None
-    computed: bool = False
-    embeds: bool = False
-
-    @property
-    def shape(self) -> tuple[int | torch.SymInt, int | torch.SymInt, int | torch.SymInt]:
-        """T, I, O."""
-        return *self.x.shape, self.w.shape[0]
-
-    @property
-    def batch(self) -> Batch:
-        return self.x.batch
-
-    @property
-    def groups(self) -> int | None:
-        """How many groups of tokens there are, each with a weight of its own."""
-        return None if self.ends is None else int(self.w.base.meta["val"].shape[0])
-
-    @property
-    def name(self) -> str:
-        """That of its place; of several matrices of a batch, with the number of this one; of groups, with their numbers."""
-        if self.groups is not None:
-            return f"{self.place.name}[0:{self.groups}]"
-        several = isinstance(self.batch, int) and int(self.forward.meta["val"].shape[0]) > 1
-        return f"{self.place.name}[{self.batch}]" if several else self.place.name
-
-
-@dataclass(frozen=True)
-class Unsupported:
-    """A product with a parameter in it that cannot be rewritten, and why."""
-
-    place: Place
-    node: Node
-    reason: str
 
 
 def match(graph: Graph, parameters: Mapping[int, str]) -> list[Site | Unsupported]:
@@ -111,39 +42,20 @@ def match(graph: Graph, parameters: Mapping[int, str]) -> list[Site | Unsupporte
     backward = backward_nodes(graph)
     gradients: dict[int, list[Node]] = {}
     for node in graph.nodes:
-        if _is_product(node) and node in backward:
+        if is_product(node) and node in backward:
             gradients.setdefault(node.meta.get("seq_nr", -1), []).append(node)
     found: list[Site | Unsupported] = []
     for node in graph.nodes:
         if node in backward:
             continue
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            found += _inside(node, origin, parameters)
-        elif _is_product(node):
+            found += in_regions(node, origin, parameters)
+        elif is_opaque(node):
+            found += entering(node, origin, parameters)
+        elif is_product(node):
             # A product without gradients has the number of the differentiable one before it, so the first one owns what carries it.
             found += _match_product(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), embedded)
     return found
-
-
-def _is_product(node: Node) -> bool:
-    return node.target in PRODUCTS or convolution.is_pointwise(node)
-
-
-def _inside(node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, str]) -> list[Unsupported]:
-    """The products in the branches or regions of a higher-order operator that parameters enter: counted, not looked into."""
-    weights = frozenset().union(*(origin[n].parameters for n in node.all_input_nodes))
-    count = sum(_products_in(getattr(node.graph.owning_module, str(n.target))) for n in node.all_input_nodes if n.op == "get_attr")
-    if not weights or not count:
-        return []
-    place = locate(node, [])
-    return [Unsupported(place, node, f"{count} product(s) inside {node.target}, which is not looked into")]
-
-
-def _products_in(module: object) -> int:
-    """Products of a graph and of the graphs inside it."""
-    if not isinstance(module, GraphModule):
-        return 0
-    return sum(_products_in(m) for m in module.children()) + sum(map(_is_product, module.graph.nodes))
 
 
 def backward_nodes(graph: Graph) -> set[Node]:
@@ -164,7 +76,9 @@ def _match_product(
     """The sites of a product, all of them or a reason why not; nothing for a product that no parameter enters as a weight."""
     bias, left, right = _arguments(node)
     kinds = origin[left].kind, origin[right].kind
-    weights = origin[left].parameters | origin[right].parameters
+    if Kind.PICKED in kinds and (node.target is not aten.bmm.default or Kind.ACTIVATION not in kinds):  # then they are no weights
+        kinds = Kind.ACTIVATION if kinds[0] is Kind.PICKED else kinds[0], Kind.ACTIVATION if kinds[1] is Kind.PICKED else kinds[1]
+    weights = frozenset().union(*(origin[n].parameters for n, k in zip((left, right), kinds, strict=True) if k is not Kind.ACTIVATION))
     if not weights or (Kind.ACTIVATION not in kinds and kinds[1] is not Kind.PARAMETER):
         return []
     indices = (dynamo_input_index(w) for w in weights)
@@ -196,6 +110,8 @@ def _unsupported(node: Node, kinds: tuple[Kind, Kind], bias: Node | None, weight
     """Why a product with a parameter in it cannot be rewritten, or ""."""
     if Kind.ACTIVATION not in kinds:
         return "its input is made of parameters or constants, not an activation"
+    if Kind.PICKED in kinds:
+        return "its weights are picked from a parameter by data, a matrix for each row"
     if node.target not in REWRITTEN:
         return f"its product is {node.target}, which is not rewritten"
     if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:

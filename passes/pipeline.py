@@ -15,12 +15,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 from quartet_compile import kernels
-from quartet_compile.passes.match import Site, match
+from quartet_compile.passes.match import match
 from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.place import Decision, Policy, place, unmatched_globs
 from quartet_compile.passes.recompute import recompute
 from quartet_compile.passes.rewrite import rewrite
 from quartet_compile.passes.share import share
+from quartet_compile.passes.site import Site
 
 log = logging.getLogger("quartet_compile")
 

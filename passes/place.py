@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from quartet_compile.passes.locate import Place
-from quartet_compile.passes.match import Site, Unsupported
 from quartet_compile.passes.recipe import Recipe
+from quartet_compile.passes.site import Site, Unsupported
 
 SCOPE_KEY = "quartet.recipe"
 """Annotation left by a decorator or context."""

@@ -1,4 +1,5 @@
-"""Where a tensor of a joint graph comes from: a parameter as it is, something computed from parameters, or an activation.
+"""Where a tensor of a joint graph comes from: a parameter as it is, something computed from parameters, matrices that data picks from a
+parameter, or an activation.
 
 One walk over the graph in its order. Views, casts and the collectives that gather a sharded parameter keep it a parameter; any real
 computation on the way makes it a computed weight.
@@ -25,6 +26,9 @@ LAYOUT_OPS = {
 }  # fmt: skip
 """Operators that move or cast a tensor without computing on it."""
 
+PICKING_OPS = {aten.index.Tensor, aten.index_select.default}
+"""Operators that pick from a tensor by an index that is data."""
+
 SHARDING_NAMESPACES = ("_c10d_functional", "c10d_functional", "fsdp")
 """Namespaces whose operators gather, scatter or wait for a sharded tensor."""
 
@@ -35,6 +39,7 @@ class Kind(Enum):
     CONSTANT = "constant"
     PARAMETER = "parameter"
     COMPUTED = "computed from parameters"
+    PICKED = "matrices picked from a parameter by data"
     ACTIVATION = "activation"
 
 
@@ -71,12 +76,23 @@ def origins(graph: Graph, parameters: Mapping[int, str]) -> dict[Node, Origin]:
 
 
 def _combine(node: Node, inputs: list[Origin]) -> Origin:
-    if any(i.kind is Kind.ACTIVATION for i in inputs):
-        return Origin(Kind.ACTIVATION)
     parameters = frozenset().union(*(i.parameters for i in inputs))
+    moves_only = node.target in LAYOUT_OPS or getattr(node.target, "namespace", None) in SHARDING_NAMESPACES
+    kinds = {i.kind for i in inputs}
+    if Kind.ACTIVATION in kinds:
+        return Origin(Kind.PICKED, parameters) if _picks_matrices(node, inputs) else Origin(Kind.ACTIVATION)
+    if Kind.PICKED in kinds:
+        return Origin(Kind.PICKED, parameters) if moves_only else Origin(Kind.ACTIVATION)
     if not parameters:
         return Origin(Kind.CONSTANT)
-    moves_only = node.target in LAYOUT_OPS or getattr(node.target, "namespace", None) in SHARDING_NAMESPACES
     if moves_only and all(i.kind in (Kind.PARAMETER, Kind.CONSTANT) for i in inputs):
         return Origin(Kind.PARAMETER, parameters)
     return Origin(Kind.COMPUTED, parameters)
+
+
+def _picks_matrices(node: Node, inputs: list[Origin]) -> bool:
+    """True for a choice among the matrices of one parameter, such as experts'; one among rows, such as an embedding's, is an activation."""
+    if node.target not in PICKING_OPS or inputs[0].kind is not Kind.PARAMETER:
+        return False
+    (stack, chosen) = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    return stack.dim() >= 3 and stack.shape[-2:] == chosen.shape[-2:]

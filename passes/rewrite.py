@@ -26,10 +26,10 @@ from torch.fx import Graph, Node
 
 from quartet_compile.passes import convolution
 from quartet_compile.passes.grouped import GroupedWriter
-from quartet_compile.passes.match import Gradient, Site
 from quartet_compile.passes.nodes import add_call
 from quartet_compile.passes.operand import Batch, Operand
 from quartet_compile.passes.recipe import Cell, Product, Recipe
+from quartet_compile.passes.site import Gradient, Site
 
 aten, quartet = torch.ops.aten, torch.ops.quartet
 

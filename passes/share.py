@@ -13,9 +13,9 @@ from typing import Any
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from quartet_compile.passes.match import Site, Unsupported
 from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.provenance import LAYOUT_OPS
+from quartet_compile.passes.site import Site, Unsupported
 
 
 def share(linears: Sequence[Site | Unsupported]) -> list[Site | Unsupported]:

@@ -6,6 +6,7 @@ instead of Inductor. Caches are neither read nor written, so the report never de
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quartet_compile.backend import Decompositions, active_scope, only_in_scope, parameter_names
 from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
@@ -24,11 +26,11 @@ from quartet_compile.kernels.grouped_ops import padded_rows
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.locate import ROOT_NAME
-from quartet_compile.passes.match import Site
 from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.pipeline import Result, run
 from quartet_compile.passes.place import Decision
 from quartet_compile.passes.provenance import Kind, origins
+from quartet_compile.passes.site import Site
 from quartet_compile.report import GraphReport, LinearReport, Report
 
 
@@ -89,6 +91,9 @@ class GraphCapture:
         self.options = options
         self.graphs: list[GraphReport] = []
         self.results: list[Result] = []
+        self.entered: Any = WeakTensorKeyDictionary()
+        """The parameters that a graph was called with, and their names in it. One graph serves all modules of the same code, and behind a
+        graph break names begin at another module."""
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         parameters = parameter_names(gm, example_inputs)
@@ -113,7 +118,13 @@ class GraphCapture:
         compiled = aot_autograd(
             fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=inference, partition_fn=partition, decompositions=Decompositions()
         )(gm, example_inputs)
-        return only_in_scope(compiled, active_scope())
+
+        @functools.wraps(compiled)
+        def called(*args: Any) -> Any:
+            self.entered.update((args[index], name) for index, name in parameters.items())
+            return compiled(*args)
+
+        return only_in_scope(called, active_scope())
 
     def add(
         self, result: Result, before: tuple[int, int], after: tuple[int, int], forward: GraphModule, backward: GraphModule | None
@@ -126,12 +137,18 @@ class GraphCapture:
         globs = [set(r.unmatched) for r in self.results]
         unmatched = set.intersection(*globs) if globs else set()
         seen = {linear.name for graph in self.graphs for linear in graph.linears}
-        modules = model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ()
-        names: dict[nn.Module, list[str]] = {}
-        for name, module in modules:
+        seen_or_entered = seen.union(self.entered.values())
+        names: dict[nn.Module | nn.Parameter, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ():
             if isinstance(module, nn.Linear):
-                names.setdefault(module, []).append(name or ROOT_NAME)
-        missing = tuple(own[0] for own in names.values() if not seen.intersection(own))
+                there = self.entered.get(module.weight)
+                if there is None or (there.removesuffix("weight").rstrip(".") or ROOT_NAME) not in seen:
+                    names.setdefault(module, []).append(path or ROOT_NAME)
+            elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                for name, parameter in module.named_parameters(path, recurse=False):
+                    if parameter.dim() >= 2 and parameter not in self.entered:
+                        names.setdefault(parameter, []).append(name)
+        missing = tuple(own[0] for own in names.values() if not seen_or_entered.intersection(own))
         return Report(tuple(self.graphs), missing, tuple(sorted(unmatched)))
 
 

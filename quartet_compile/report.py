@@ -53,8 +53,9 @@ class GraphReport:
 class Report:
     """All graphs of a model. `print(report)` shows a table; `to_dict` and `write_graphs` give the rest.
 
-    not_captured: names of nn.Linear modules that no captured graph contained. unmatched: (option, glob) of the options that matched no
-    linear in any graph.
+    not_captured: names of nn.Linear modules, and of other parameters with two or more dimensions that are no embedding, that no captured
+    graph contained: code that is never called or that Dynamo left to eager PyTorch. unmatched: (option, glob) of the options that matched
+    no linear in any graph.
     """
 
     graphs: tuple[GraphReport, ...]

@@ -189,3 +189,59 @@ def test_a_computed_weight_is_left_unless_it_is_asked_for() -> None:
     x64, w64, e64 = x.double().numpy(), (model.weight.detach() * 3).double().numpy(), e.double().numpy()
     assert relative_error(y, independent.linear(x64, w64)) < 1e-6
     assert relative_error(model.weight.grad, 3 * independent.wgrad(e64, x64, seeds.transposed[0])) < 1e-6
+
+
+class Experts(nn.Module):
+    """Each token meets the matrix of the expert that is its own: picked by an index, copied, multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 80, 64))
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        return torch.bmm(self.up[expert].to(x.dtype), x.unsqueeze(-1)).squeeze(-1)
+
+
+def test_matrices_picked_by_data_are_reported() -> None:
+    linear = only_linear(Experts(), torch.randn(4, 64), torch.randint(0, 3, (4,)))
+    assert (linear.name, linear.left_because) == ("up", "unsupported")
+    assert "picked from a parameter by data" in linear.reason
+
+
+def test_rows_picked_by_data_are_activations() -> None:
+    """A table of positions, of two dimensions or of three, is what a linear multiplies, not what it multiplies by."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.stack, self.q = nn.Parameter(torch.randn(9, 64)), nn.Parameter(torch.randn(9, 4, 64)), nn.Linear(64, 64)
+
+        def forward(self, i: Tensor) -> Tensor:
+            return torch.stack([self.q(self.table[i]), self.q(self.stack[i]).sum(1)])
+
+    compiled, backend = capture(Positions())
+    compiled(torch.randint(0, 9, (4,)))
+    assert [(n.name, n.products) for n in backend.report(None).linears] == [("q", ("y", "dx", "dw"))] * 2
+
+
+def test_parameters_that_enter_an_unknown_operator_are_reported() -> None:
+    @torch.library.custom_op("quartet_tests::product", mutates_args=())
+    def product(x: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        return x @ w.t() * scale
+
+    product.register_fake(lambda x, w, scale: x.new_empty(x.shape[0], w.shape[0]))
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.scale = nn.Linear(64, 80), nn.Parameter(torch.ones(80))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return product(x, self.inner.weight, self.scale)
+
+    model = Hidden().requires_grad_(False)
+    compiled, backend = capture(model)
+    compiled(torch.randn(4, 64))
+    report = backend.report(model)
+    assert [(n.name, n.left_because) for n in report.linears] == [("inner", "unsupported")]
+    assert report.linears[0].reason == "it enters quartet_tests.product.default, which is not looked into"

@@ -154,3 +154,34 @@ def test_explain_takes_functions_and_compiled_models() -> None:
     names = [linear.name for linear in quartet.explain(model, i).linears]
     assert [linear.name for linear in quartet.explain(loss, i).linears] == names
     assert [linear.name for linear in quartet.explain(torch.compile(model), i).linears] == names
+
+
+def test_parameters_that_no_graph_contains_are_named() -> None:
+    """What Dynamo leaves to eager PyTorch is told by the parameters that no graph was called with."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.experts = nn.Linear(64, 64), nn.Parameter(torch.randn(2, 64, 64))
+
+        @torch.compiler.disable
+        def eager(self, x: Tensor) -> Tensor:
+            return x @ self.experts[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(self.eager(x))
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.scale = nn.ModuleList([Block(), Block()]), nn.Parameter(torch.ones(64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x * self.scale
+
+    model = Blocks()
+    report = quartet.explain(model, torch.randn(8, 64))
+    assert [linear.products for linear in report.linears] == [("y", "dx", "dw")], "one graph for both blocks"
+    assert report.not_captured == ("blocks.0.experts", "blocks.1.experts")

@@ -10,7 +10,7 @@ import pytest
 
 import quartet_compile.passes.match as match
 import quartet_compile.passes.place as place
-from quartet_compile.passes import convolution
+from quartet_compile.passes import convolution, products
 
 PAGE = Path(__file__).parent.parent / "docs" / "troubleshooting.md"
 
@@ -18,7 +18,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "troubleshooting.md"
 def reasons() -> list[str]:
     """The fixed part of every string that functions returning reasons return, or that an `Unsupported` is made with."""
     found = []
-    for module in (match, place, convolution):
+    for module in (match, place, convolution, products):
         tree = ast.parse(Path(module.__file__).read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and ("unsupported" in node.name or node.name == "_default_reason"):
