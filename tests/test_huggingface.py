@@ -129,11 +129,12 @@ def test_trains_on_one_batch(name: str) -> None:
     [
         ("eager", torch.float32, None),
         ("grouped_mm", torch.float32, "transformers.grouped_mm_fallback"),  # also under autocast, which leaves the parameters in float32
-        ("grouped_mm", torch.bfloat16, "_grouped_mm"),
+        ("grouped_mm", torch.bfloat16, ""),
     ],
 )
 def test_experts_are_accounted_for(experts: str, dtype: torch.dtype, reason: str | None) -> None:
-    """"eager" loops over the experts that data hits: Dynamo leaves that to eager PyTorch, so no graph contains them."""
+    """"eager" loops over the experts that data hits: Dynamo leaves that to eager PyTorch, so no graph contains them. In bfloat16 all experts
+    are one `torch._grouped_mm`, which is rewritten."""
     model, inputs = mixtral(experts)
     compiled, backend = capture(model.to(dtype))
     compiled(**inputs).loss.backward()
@@ -143,9 +144,9 @@ def test_experts_are_accounted_for(experts: str, dtype: torch.dtype, reason: str
         assert list(report.not_captured) == names
     else:
         assert report.not_captured == ()
-        found = [linear for linear in report.linears if linear.name in names]
-        assert [linear.name for linear in found] == names
-        assert all(reason in linear.reason or linear.products for linear in found)
+        found = [linear for linear in report.linears if linear.name.partition("[")[0] in names]
+        assert [linear.name.partition("[")[0] for linear in found] == names
+        assert all(linear.products == (() if reason else ("y", "dx", "dw")) and reason in linear.reason for linear in found)
     assert sum(linear.products == ("y", "dx", "dw") for linear in report.linears if "self_attn" in linear.name) == 4
 
 
