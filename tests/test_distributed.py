@@ -1,4 +1,4 @@
-"""Data and tensor parallel training of two processes on a CPU: the same numbers as one process that plays both ranks in turn."""
+"""Data, tensor and sequence parallel training of two processes on a CPU: the same numbers as one process that plays both ranks in turn."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
+        self.norm = nn.RMSNorm(64, eps=1e-6)
         self.up, self.down = nn.Linear(64, hidden, bias=False), nn.Linear(hidden, 64, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x)))
+        return self.down(torch.tanh(self.up(self.norm(x))))
 
 
 def mlp_and_batch() -> tuple[MLP, Tensor]:
@@ -37,25 +38,41 @@ def mlp_and_batch() -> tuple[MLP, Tensor]:
     return MLP(RANKS * 128), torch.randn(2, 16, 64, requires_grad=True)
 
 
-def train_sharded(rank: int, port: int, folder: str) -> None:
-    """One step of a rank that holds half of the hidden features."""
+def loss_of(y: Tensor) -> Tensor:
+    """A mean over all ranks' numbers of each rank's own."""
+    return y.square().sum() / (2 * 16 * 64)
+
+
+def train_sharded(rank: int, kind: str, port: int, folder: str) -> None:
+    """One step of a rank that holds half of the hidden features and, in sequence parallel, half of the tokens outside of the MLP."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
     join(rank, "cpu", port)
     net, x = mlp_and_batch()
-    parallelize_module(net, init_device_mesh("cpu", (RANKS,)), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    if kind == "sequence":
+        plan = {
+            "norm": SequenceParallel(), "up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel(output_layouts=Shard(1))
+        }  # fmt: skip
+        x = x.detach().chunk(RANKS, 1)[rank].requires_grad_()
+    parallelize_module(net, init_device_mesh("cpu", (RANKS,)), plan)
     with one_seed():
         y = torch.compile(net, backend="quartet", options={"quartet.strict": True})(x)
-        y.square().mean().backward()
-    shards = [p.grad.to_local() for p in net.parameters()]  # type: ignore[union-attr]
+        loss_of(y).backward()
+    shards = [p.grad.to_local() for p in (net.up.weight, net.down.weight)]  # type: ignore[union-attr]
     torch.save([y.detach(), x.grad, *shards], Path(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
-def test_tensor_parallel_ranks_quantize_their_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["tensor", "sequence"])
+def test_tensor_parallel_ranks_quantize_their_shards(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank is an MLP of its own features; outputs and gradients of the input add up."""
-    together = on_all_ranks(train_sharded, tmp_path)
+    together = on_all_ranks(train_sharded, tmp_path, kind)
+    if kind == "sequence":
+        whole = [torch.cat([together[rank][i] for rank in range(RANKS)], 1) for i in (0, 1)]
+        together = [[*whole, *own[2:]] for own in together]
     net, x = mlp_and_batch()
     up, down = net.up.weight.detach().chunk(RANKS, 0), net.down.weight.detach().chunk(RANKS, 1)
     shards, outputs = [], []
@@ -66,13 +83,13 @@ def test_tensor_parallel_ranks_quantize_their_shards(tmp_path: Path, monkeypatch
             shards.append(MLP(128))
             shards[rank].up.weight.data, shards[rank].down.weight.data = up[rank].clone(), down[rank].clone()
             outputs.append(torch.compile(shards[rank], backend="quartet")(x))
-        y = outputs[0] + outputs[1]
-        e = 2 * y.detach() / y.numel()
+        y = (outputs[0] + outputs[1]).detach().requires_grad_()
+        loss_of(y).backward()
         for rank in range(RANKS):
             monkeypatch.setattr(ops, "rank", lambda rank=rank: rank)
-            outputs[rank].backward(e)
+            outputs[rank].backward(y.grad)
     for rank in range(RANKS):
-        expected = [y.detach(), x.grad, *(p.grad for p in shards[rank].parameters())]
+        expected = [y.detach(), x.grad, shards[rank].up.weight.grad, shards[rank].down.weight.grad]
         assert all(relative_error(ours, theirs) < 1e-5 for ours, theirs in zip(together[rank], expected, strict=True))
 
 

@@ -133,7 +133,7 @@ def test_trains_on_one_batch(name: str) -> None:
     ],
 )
 def test_experts_are_accounted_for(experts: str, dtype: torch.dtype, reason: str | None) -> None:
-    """"eager" loops over the experts that data hits: Dynamo leaves that to eager PyTorch, so no graph contains them. In bfloat16 all experts
+    """"eager" loops over the experts that data hits: Dynamo leaves that to eager PyTorch, so no graph contains them. In bfloat16 they
     are one `torch._grouped_mm`, which is rewritten."""
     model, inputs = mixtral(experts)
     compiled, backend = capture(model.to(dtype))
