@@ -23,3 +23,8 @@ def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first, so that no process is left alone with them."""
+    items.sort(key=lambda item: "test_triton_interpreter" not in item.nodeid)
