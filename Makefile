@@ -7,6 +7,7 @@ TORCH ?= torch
 VENV ?= .venv
 BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
+PARALLEL = -n auto --dist worksteal
 
 .PHONY: demo test test-slow test-gpu lint numerics benchmarks clean
 
@@ -25,10 +26,10 @@ demo: $(VENV)/ready
 	$(BIN)/python examples/train_gpt.py
 
 test: $(VENV)/ready
-	$(PYTEST) -n auto
+	$(PYTEST) $(PARALLEL)
 
 test-slow: $(VENV)/ready $(VENV)/hf
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) $(PARALLEL) -m "slow and not gpu"
 
 test-gpu: $(VENV)/ready
 	$(PYTEST) -m gpu

@@ -1,10 +1,15 @@
-"""Every test starts with nothing compiled and the same random state. Tests run side by side: each process keeps to one or two threads."""
+"""Every test starts with nothing compiled and the same random state.
+
+Of the processes that `pytest -n` starts each keeps to one thread: threads that share a core wait for each other in loops.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else Inductor starts a process per core, in every process of pytest
 
@@ -20,3 +25,8 @@ def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first, so that no process is left alone with them."""
+    items.sort(key=lambda item: "test_triton_interpreter" not in item.nodeid)

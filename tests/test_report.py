@@ -119,9 +119,9 @@ def test_explain_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items()), "batch norm's statistics too"
     assert all(p.grad is None for p in model.parameters())
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch._dynamo.config.patch(error_on_recompile=True, recompile_limit=2):
         compiled(i)
-        for _ in range(12):  # more than the recompile limit
+        for _ in range(4):  # more than the recompile limit
             with torch._dynamo.config.patch(error_on_recompile=False):
                 quartet.explain(model, i)
         compiled(i)

@@ -10,6 +10,7 @@ import os
 import re
 import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -82,7 +83,13 @@ def with_integers(case: Case, kind: str | int) -> Case:
     return replace(case, types=types, constants={**case.constants, **dict.fromkeys(integers, kind)})
 
 
-@pytest.mark.parametrize("name", cases(100, "bf16"))
+def of_sizes(name: str) -> Any:
+    """Other tiles of a product, and forms of a kernel of which a wider one is compiled, ragged or for both orientations, are slow."""
+    narrower = name in ("any", "gradient", "gradient_transposed")
+    return pytest.param(name, marks=pytest.mark.slow if narrower or re.fullmatch(r"product_\w+_[1-9]", name) else ())
+
+
+@pytest.mark.parametrize("name", [*map(of_sizes, cases(100, "bf16"))])
 @pytest.mark.parametrize("integers", [1, "i64"], ids=["a_matrix_of_one_number", "64_bit_sizes"])
 def test_kernel_compiles_for_other_sizes(name, integers):
     compiled(with_integers(cases(100, "bf16")[name], integers), 100)

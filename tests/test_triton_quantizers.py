@@ -138,13 +138,13 @@ def test_the_form_for_other_gpus_changes_nothing(device, monkeypatch):
     if device == "cuda":
         pytest.skip("a GPU runs the one that suits it")
     monkeypatch.setattr(launch, "INTERPRETER", launch.Target(0, native=False, permuted=False, processors=1))
-    e = quiet_rows(device)[:150, :200]
+    e = quiet_rows(device)[:150]
     for transpose in (False, True):
         ours = triton_kernels.quantize_grad(e, seeds_on(device), 0, "ms_eden", transpose, 0)
         assert_near_ties_only(differences(ours, reference_grad(e, 0, transpose, 0)))
     packed = packed_on(e.float(), device)
-    ours = triton_kernels.requantize(*packed, 200, seeds_on(device), 0, "ms_eden", 0)
-    expected = reference_ops.requantize(*(t.cpu() for t in packed), 200, seeds_on("cpu"), 0, "ms_eden", 0)
+    ours = triton_kernels.requantize(*packed, e.shape[1], seeds_on(device), 0, "ms_eden", 0)
+    expected = reference_ops.requantize(*(t.cpu() for t in packed), e.shape[1], seeds_on("cpu"), 0, "ms_eden", 0)
     assert_near_ties_only(differences(ours, expected))
 
 
@@ -166,32 +166,41 @@ def test_both_orientations_from_one_read(device, dtype, kind):
 # ---------------------------------------------------------------- tiles that need the tensor scale
 
 
-def assert_quiet_rows_equal(device: str) -> None:
-    """Both launchers, both orientations. Most scales of these rows are subnormal: there, bytes must be equal and not only nearly so."""
+def assert_quiet_gradients_equal(device: str) -> None:
+    """Both orientations. Most scales of these rows are subnormal: there, bytes must be equal and not only nearly so."""
     e = quiet_rows(device)
     ours = triton_kernels.quantize_grad_both(e, seeds_on(device), 0, 1, "ms_eden", 0)
     for k, packed in enumerate((ours[:3], ours[3:])):
         assert_near_ties_only(differences(packed, reference_grad(e, k, bool(k), 0)))
-    packed = packed_on(e.float(), device)
-    again = triton_kernels.requantize(*packed, 300, seeds_on(device), 0, "ms_eden", 0)
-    expected = reference_ops.requantize(*(t.cpu() for t in packed), 300, seeds_on("cpu"), 0, "ms_eden", 0)
+
+
+def assert_quiet_operands_equal(device: str) -> None:
+    """Likewise of a saved operand."""
+    packed = packed_on(quiet_rows(device).float(), device)
+    columns = quiet_rows(device).shape[1]
+    again = triton_kernels.requantize(*packed, columns, seeds_on(device), 0, "ms_eden", 0)
+    expected = reference_ops.requantize(*(t.cpu() for t in packed), columns, seeds_on("cpu"), 0, "ms_eden", 0)
     assert_near_ties_only(differences(again, expected))
 
 
-@on_devices
-def test_subnormal_scales_are_rounded_again(device):
-    assert_quiet_rows_equal(device)
+QUIET = [(gradient_codes, assert_quiet_gradients_equal), (saved_codes, assert_quiet_operands_equal)]
 
 
 @on_devices
-@pytest.mark.parametrize("kernels", [gradient_codes, saved_codes])
-def test_they_would_be_wrong_otherwise(device, kernels, monkeypatch):
+@pytest.mark.parametrize(("kernels", "assert_equal_where_quiet"), QUIET, ids=["gradients", "saved operands"])
+def test_subnormal_scales_are_rounded_again(device, kernels, assert_equal_where_quiet):
+    assert_equal_where_quiet(device)
+
+
+@on_devices
+@pytest.mark.parametrize(("kernels", "assert_equal_where_quiet"), QUIET, ids=["gradients", "saved operands"])
+def test_they_would_be_wrong_otherwise(device, kernels, assert_equal_where_quiet, monkeypatch):
     """So the test above tests it."""
     if device == "cuda":
         pytest.skip("the compiled kernel does not look at the module again")
     monkeypatch.setattr(kernels, "exact_codes", lambda y, *_: (*(tl.zeros((y.shape[0], 8), tl.int32) for _ in range(3)),))
     with pytest.raises(AssertionError):
-        assert_quiet_rows_equal(device)
+        assert_equal_where_quiet(device)
 
 
 @on_devices
