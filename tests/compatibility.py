@@ -3,7 +3,8 @@
     pytest --features docs/compatibility.json -m "slow or not slow"     note what these tests saw, beside what other machines noted
     python tests/compatibility.py                                       print the table
 
-A test says what it covers with ``@pytest.mark.feature("Group", "what works")``. A feature works on a machine if all its tests there passed.
+A test says what it covers with ``@pytest.mark.feature("Group", "what works")``, in which {name} stands for its parameter of that name. A
+feature works on a machine if all its tests there passed.
 """
 
 from __future__ import annotations
@@ -40,9 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        marks = [mark.args for mark in item.iter_markers("feature")]
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        marks = [[text.format(**parameters) for text in mark.args] for mark in item.iter_markers("feature")]
         if marks:
-            item.user_properties.append(("features", [list(mark) for mark in marks]))
+            item.user_properties.append(("features", marks))
             item.user_properties.append(("machine", machine_of(item)))
 
 

@@ -166,6 +166,7 @@ def test_autograd_keeps_packed_operands_only(variant: str) -> None:
 # ---------------------------------------------------------------- options
 
 
+@pytest.mark.feature("Ways to compile", "modes and options of torch.compile")
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -284,6 +285,7 @@ def cache_events() -> tuple[int, int]:
     return events
 
 
+@pytest.mark.feature("Ways to compile", "compilation caches")
 @pytest.mark.usefixtures("fresh_caches")
 def test_caches_hit_for_the_same_and_miss_for_another_recipe_option_or_source(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(16, 64, requires_grad=True)
@@ -320,6 +322,7 @@ def test_the_source_hash_covers_every_file_of_passes_and_kernels() -> None:
             pipeline.source_hash.cache_clear()
 
 
+@pytest.mark.feature("Ways to compile", "two models with two recipes")
 def test_two_models_with_two_recipes_live_in_one_process() -> None:
     a, b, x = nn.Linear(64, 64), nn.Linear(64, 64), torch.randn(16, 64)
     fast = torch.compile(a, backend="quartet")

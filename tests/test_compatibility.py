@@ -15,6 +15,10 @@ import pytest
 @pytest.mark.parametrize("i", [1, 2])
 def test_works(i): pass
 
+@pytest.mark.feature("Models", "number {i}")
+@pytest.mark.parametrize("i", [1, 2])
+def test_of_each(i): assert i == 1
+
 @pytest.mark.feature("Models", "one that breaks in one case")
 @pytest.mark.parametrize("i", [1, 2])
 def test_breaks(i): assert i == 1
@@ -48,6 +52,8 @@ def test_outcomes_are_noted_beside_those_of_other_machines(
     assert passed == {
         ("Models", "one that works", "H100"): True,
         ("Models", "one that works", "CPU"): True,
+        ("Models", "number 1", "CPU"): True,
+        ("Models", "number 2", "CPU"): False,
         ("Models", "one that breaks in one case", "CPU"): False,
         ("Models", "two tests", "CPU"): True,
         ("Loops", "two tests", "CPU"): True,

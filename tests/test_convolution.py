@@ -22,6 +22,7 @@ def matrix(image: Tensor) -> Any:
     return image.detach().movedim(1, -1).flatten(0, -2).double().numpy()
 
 
+@pytest.mark.feature("Ways to write a linear", "convolution with a kernel of one element")
 @pytest.mark.parametrize(("kind", "sizes"), CASES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_step_equals_the_independent_recipe(kind: Any, sizes: tuple[int, ...], bias: bool) -> None:

@@ -16,6 +16,7 @@ from quartet_compile.kernels import ops
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")]
 
 
+@pytest.mark.feature("Several processes", "{kind}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_average_the_gradients_of_each(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_that_two_ranks_average_the_gradients_of_each(kind, "cpu", tmp_path, monkeypatch)
@@ -66,6 +67,7 @@ def train_sharded(rank: int, kind: str, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.feature("Several processes", "{kind} parallel")
 @pytest.mark.parametrize("kind", ["tensor", "sequence"])
 def test_tensor_parallel_ranks_quantize_their_shards(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank is an MLP of its own features; outputs and gradients of the input add up."""

@@ -63,6 +63,7 @@ def test_every_linear_of_a_block_is_rewritten(compared: subprocess.CompletedProc
     assert "left:" not in compared.stderr
 
 
+@pytest.mark.feature("Several processes", "distributed checkpoints")
 def test_a_saved_training_goes_on_as_if_it_had_not_stopped(folder: Path, compared: subprocess.CompletedProcess[str]) -> None:
     whole = losses(compared, "quartet")
     saved = run(folder, "--steps", "4", "--save", "saved")

@@ -46,6 +46,7 @@ def test_operators_agree_with_the_cpu_but_for_counted_near_ties(dtype: torch.dty
         assert on_cpu[name][2] == on_gpu[name][2].cpu()
 
 
+@pytest.mark.feature("Ways to write a linear", "linear")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_training_step_equals_the_independent_recipe(dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +108,7 @@ def test_emulation_is_one_rounding_of_the_float32_sum(dtype: torch.dtype, bias: 
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction == reduced_precision_sums
 
 
+@pytest.mark.feature("Ways to compile", "CUDA graphs (reduce-overhead): fresh noise at each replay")
 def test_noise_is_fresh_at_every_replay_of_a_cuda_graph() -> None:
     model, x = nn.Linear(256, 256).cuda().bfloat16(), torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
     compiled = torch.compile(model, backend="quartet", options={"quartet.mode": "reduce-overhead"})
@@ -177,6 +179,7 @@ def test_recomputed_operands_are_not_kept() -> None:
         assert relative_error(gradients[choice].cpu(), gradients["none"].cpu()) < 1e-3
 
 
+@pytest.mark.feature("Ways to compile", "max-autotune")
 def test_other_modes_of_training() -> None:
     """Automatic tuning with CUDA graphs, and a compiled backward pass of autograd: the same recipe, counted in noise."""
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda().bfloat16()
@@ -196,6 +199,7 @@ def test_other_modes_of_training() -> None:
     assert not torch.equal(gradients[2], gradients[3])
 
 
+@pytest.mark.feature("Ways to compile", "compiled autograd")
 def test_compiled_autograd() -> None:
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda().bfloat16()
     x = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 pytestmark = [pytest.mark.gpu, pytest.mark.two_gpus, pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")]
 
 
+@pytest.mark.feature("Several processes", "{kind}")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_average_the_gradients_of_each(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_that_two_ranks_average_the_gradients_of_each(kind, "cuda", tmp_path, monkeypatch)
@@ -52,6 +53,7 @@ def train_on_a_part_of_the_context(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.feature("Several processes", "context parallel")
 def test_context_parallel(tmp_path: Path) -> None:
     """Attention goes around the ring; linears see the tokens that a rank has."""
     together = on_all_ranks(train_on_a_part_of_the_context, tmp_path)

@@ -41,6 +41,7 @@ def test_products_equal_those_of_the_cpu(ends: list[int]) -> None:
         torch.testing.assert_close(ours, expected, rtol=2**-7, atol=2**-7 * float(expected.abs().max()) if expected.numel() else 0)
 
 
+@pytest.mark.feature("Ways to write a linear", "experts: torch._grouped_mm")
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_step_equals_that_of_the_operators_one_by_one(ends: list[int], dynamic: bool) -> None:

@@ -156,6 +156,7 @@ def steps(model: nn.Module, x: Tensor, ends: list[int], e: Tensor, count: int = 
     assert len(backend.graphs) == 1, "compiled once, and rewritten in every step"
 
 
+@pytest.mark.feature("Ways to write a linear", "experts: torch._grouped_mm")
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize(("features", "outs"), [(64, 128), (48, 40)], ids=["128 out", "40 out: weights padded"])
 def test_every_token_meets_the_weight_of_its_group(ends: list[int], features: int, outs: int) -> None:

@@ -96,6 +96,7 @@ def test_every_linear_is_accounted_for(name: str) -> None:
     assert result.report.not_captured == ()
 
 
+@pytest.mark.feature("Models", "{name}")
 @pytest.mark.parametrize("name", MODELS)
 def test_all_but_the_defaults_run_in_nvfp4(name: str) -> None:
     linears = run(name).report.linears
@@ -106,6 +107,7 @@ def test_all_but_the_defaults_run_in_nvfp4(name: str) -> None:
     assert {linear.name.rpartition(".")[2] for linear in linears if not linear.products} == set(LEFT[name])
 
 
+@pytest.mark.feature("Models", "{name}")
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_are_those_of_the_recipe(name: str) -> None:
     """Float32 differs by the recipe's error. The recipe in eager float64 differs by far less: where sums in another order round to another
@@ -116,6 +118,7 @@ def test_logits_are_those_of_the_recipe(name: str) -> None:
     assert relative_error(result.logits, result.logits_float32) == pytest.approx(error, rel=0.02)
 
 
+@pytest.mark.feature("Models", "{name}")
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_on_one_batch(name: str) -> None:
     result = run(name)
@@ -150,6 +153,7 @@ def test_experts_are_accounted_for(experts: str, dtype: torch.dtype, reason: str
     assert sum(linear.products == ("y", "dx", "dw") for linear in report.linears if "self_attn" in linear.name) == 4
 
 
+@pytest.mark.feature("Ways to train", "bfloat16 autocast")
 def test_autocast() -> None:
     model, inputs = llama(layers=1)
     compiled, backend = capture(model)
@@ -211,6 +215,7 @@ def test_the_folder_kernels_is_not_taken_for_the_package() -> None:
     assert done.stdout.strip() == "ran", done.stderr
 
 
+@pytest.mark.feature("Models", "Hugging Face Trainer")
 def test_the_trainer_trains_in_nvfp4(tmp_path: Path) -> None:
     """Under Inductor, each step quantizes the gradients of 14 linears, for two products each."""
     steps, text = 6, tmp_path / "text.txt"

@@ -106,6 +106,7 @@ def check_float32(model: nn.Module, x: Tensor) -> None:
         assert relative_error(x.grad.reshape(-1, I), independent.dgrad(e64, w64, seeds.plain[0])) < 1e-6
 
 
+@pytest.mark.feature("Ways to write a linear", "{name}")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_and_gradients_in_float32(name: str, shape: str) -> None:
@@ -118,6 +119,7 @@ def test_an_input_without_gradient_has_no_dgrad() -> None:
     check_float32(nn.Linear(I, O), torch.randn(40, I))
 
 
+@pytest.mark.feature("Ways to train", "pure bfloat16")
 @pytest.mark.parametrize("autocast", [True, False])
 def test_bfloat16_results_are_rounded_once(autocast: bool) -> None:
     """float32 weights under autocast, and a bfloat16 model: what the product would have read is quantized, its sum rounded once."""
@@ -137,6 +139,7 @@ def test_bfloat16_results_are_rounded_once(autocast: bool) -> None:
     assert off_by_more_than_rounding(model.weight.grad.bfloat16(), dw) < 2e-3
 
 
+@pytest.mark.feature("Ways to train", "float16")
 def test_float16() -> None:
     model, x = nn.Linear(I, O).half(), torch.randn(40, I).half()
     compiled, _ = capture(model, min_features=1)
@@ -146,6 +149,7 @@ def test_float16() -> None:
     assert off_by_more_than_rounding(y, expected) < 2e-3
 
 
+@pytest.mark.feature("Ways to write a linear", "frozen weight")
 def test_a_frozen_weight_has_only_dgrad() -> None:
     model = nn.Linear(I, O).requires_grad_(False)
     x = torch.randn(40, I, requires_grad=True)
@@ -171,6 +175,7 @@ def test_a_frozen_weight_that_matmul_expands_over_the_batch(dynamic: bool) -> No
     assert relative_error(x.grad.reshape(-1, I), independent.dgrad(e64, w64, seeds.plain[0])) < 1e-6
 
 
+@pytest.mark.feature("Ways to write a linear", "one weight used twice")
 def test_one_weight_used_twice_is_two_sites_with_one_packed_weight() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -196,6 +201,7 @@ def test_one_weight_used_twice_is_two_sites_with_one_packed_weight() -> None:
     assert relative_error(model.l.weight.grad, dw) < 5e-3
 
 
+@pytest.mark.feature("Ways to write a linear", "experts: {form}")
 @pytest.mark.parametrize("form", ["bmm", "einsum", "weight on the left"])
 def test_the_matrices_of_a_batch_are_linears_of_their_own(form: str) -> None:
     """As the experts of a mixture: each has its own tensor scales, rotations and draws."""
@@ -226,6 +232,7 @@ def test_the_matrices_of_a_batch_are_linears_of_their_own(form: str) -> None:
         assert relative_error(model.w.grad[i], independent.wgrad(e64, x64, seeds.transposed[i])) < 1e-6
 
 
+@pytest.mark.feature("Ways to compile", "inference: {mode}")
 @pytest.mark.parametrize("mode", ["no_grad", "eval", "inference_mode"])
 def test_inference(mode: str) -> None:
     model = nn.Sequential(nn.Linear(I, O), nn.Dropout(0.5)).eval()
@@ -239,6 +246,7 @@ def test_inference(mode: str) -> None:
     assert "y" in backend.report(model).linears[0].products
 
 
+@pytest.mark.feature("Ways to compile", "dynamic batch and sequence length, compiled once")
 def test_dynamic_batch_and_sequence_compile_once() -> None:
     model = nn.Linear(I, O)
     backend = capture(model, min_features=1)[1]

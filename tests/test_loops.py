@@ -27,6 +27,7 @@ def model_and_optimizer() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
+@pytest.mark.feature("Ways to train", "averaged (EMA) copies")
 def test_an_averaged_copy_is_evaluated_with_the_weights_that_it_has_now(model_and_optimizer: Any) -> None:
     model, optimizer = model_and_optimizer
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
@@ -46,6 +47,7 @@ def test_an_averaged_copy_is_evaluated_with_the_weights_that_it_has_now(model_an
     assert [linear.name for linear in backend.report(average).linears] == ["module.0", "module.2"]
 
 
+@pytest.mark.feature("Ways to train", "saving and loading state_dict")
 def test_what_is_saved_is_the_models_own(model_and_optimizer: Any, tmp_path: Path) -> None:
     """Nothing of ours is in a state_dict, and what is loaded is used in the next step, compiled or not."""
     model, _ = model_and_optimizer
@@ -77,6 +79,7 @@ def test_weights_written_through_data_are_read() -> None:
             assert torch.equal(compiled(x), 2 * first), "a power of two scales every code's value exactly"
 
 
+@pytest.mark.feature("Ways to train", "data loaders with workers: {start}")
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_data_loaders_with_workers(model_and_optimizer: Any, start: str) -> None:

@@ -145,6 +145,7 @@ def test_unknown_recipes_are_refused_with_the_valid_names() -> None:
 # ---------------------------------------------------------------- graph breaks and eager contexts
 
 
+@pytest.mark.feature("Ways to compile", "graph breaks")
 def test_a_graph_break_inside_a_decorated_function_keeps_its_recipe() -> None:
     @quartet.recipe("bf16")
     def broken(x: Tensor) -> Tensor:
@@ -305,6 +306,7 @@ def test_set_recipe_after_compiling_recompiles() -> None:
     assert [linear.recipe for linear in backend.report(model).linears] == ["quartet2", "bf16"]
 
 
+@pytest.mark.feature("Ways to compile", "regional compilation")
 def test_blocks_of_one_class_compiled_one_by_one_keep_their_recipes() -> None:
     model, x = Model(), torch.randn(16, 64)
     quartet.set_recipe(model, "bf16", only="layers.1")

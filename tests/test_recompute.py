@@ -92,6 +92,7 @@ def step(model: nn.Module, choice: str, autocast: bool) -> tuple[list[Tensor], A
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())], graph
 
 
+@pytest.mark.feature("Ways to train", "quartet.recompute")
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_numbers_from_less(name: str, autocast: bool) -> None:

@@ -40,6 +40,7 @@ def backward(loss: Tensor, seed: int = 5, **kwargs: Any) -> None:
 # ---------------------------------------------------------------- models
 
 
+@pytest.mark.feature("Ways to write a linear", "nn.MultiheadAttention")
 def test_attention_with_packed_projections() -> None:
     model, x = nn.MultiheadAttention(64, 4, batch_first=True), torch.randn(2, 8, 64, requires_grad=True)
     compiled, backend = capture(model)
@@ -56,6 +57,7 @@ def test_cross_attention_reads_slices_of_the_packed_projection() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.feature("Ways to write a linear", "nn.TransformerEncoderLayer in training")
 def test_an_encoder_layer() -> None:
     model = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
     compiled, backend = capture(model)
@@ -63,6 +65,7 @@ def test_an_encoder_layer() -> None:
     assert products(backend, model) == {"self_attn.in_proj_weight": FIRST, "self_attn.out_proj": ALL, "linear1": ALL, "linear2": ALL}
 
 
+@pytest.mark.feature("Ways to write a linear", "adapter (LoRA) on a frozen base")
 def test_an_adapter_on_a_frozen_base() -> None:
     class Adapted(nn.Module):
         def __init__(self) -> None:
@@ -79,6 +82,7 @@ def test_an_adapter_on_a_frozen_base() -> None:
     assert products(backend, model) == {"base": ("y", "dx"), "down": (), "up": ()}
 
 
+@pytest.mark.feature("Ways to write a linear", "computed weight, when asked for: weight norm, parametrizations")
 def test_weight_norm_learns_through_its_quantized_weight() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
     compiled, backend = capture(model, include=["*"])
@@ -87,6 +91,7 @@ def test_weight_norm_learns_through_its_quantized_weight() -> None:
     assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
 
 
+@pytest.mark.feature("Ways to write a linear", "tied weights")
 def test_tied_linears_share_a_packed_weight_and_add_their_gradients() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -107,6 +112,7 @@ def test_tied_linears_share_a_packed_weight_and_add_their_gradients() -> None:
 # ---------------------------------------------------------------- loops
 
 
+@pytest.mark.feature("Ways to train", "gradient accumulation")
 def test_gradients_accumulate() -> None:
     model, batches = mlp(), [torch.randn(8, 64) for _ in range(3)]
     compiled, backend = capture(model)
@@ -121,6 +127,7 @@ def test_gradients_accumulate() -> None:
     assert len(backend.graphs) == 1
 
 
+@pytest.mark.feature("Ways to train", "retain_graph")
 def test_a_retained_graph_draws_anew_each_time() -> None:
     model = mlp()
     compiled, _ = capture(model)
@@ -134,6 +141,7 @@ def test_a_retained_graph_draws_anew_each_time() -> None:
     assert not torch.equal(first[0], gradients(model)[0])
 
 
+@pytest.mark.feature("Ways to train", "several losses")
 def test_several_losses() -> None:
     """Two outputs with one backward pass, or each with its own."""
     model, x = mlp(), torch.randn(8, 64)
@@ -156,6 +164,7 @@ def test_several_losses() -> None:
     assert model[2].weight.grad.norm() > 0
 
 
+@pytest.mark.feature("Ways to train", "activation checkpointing, use_reentrant={reentrant}")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_changes_no_number(reentrant: bool) -> None:
     """Forward quantizers draw nothing: what is computed again is the same."""
@@ -178,6 +187,7 @@ def test_checkpointing_changes_no_number(reentrant: bool) -> None:
     assert backend.report(None).saved_bytes_after == 0
 
 
+@pytest.mark.feature("Ways to train", "selective activation checkpointing")
 def test_selective_checkpointing_keeps_what_it_is_told_to() -> None:
     model, x = mlp(), torch.randn(8, 64, requires_grad=True)
 
@@ -196,6 +206,7 @@ def test_selective_checkpointing_keeps_what_it_is_told_to() -> None:
     assert graph.backward.count("quartet.matmul.default") == 4
 
 
+@pytest.mark.feature("Ways to compile", "a whole step with its optimizer in one graph")
 def test_a_whole_step_never_reads_a_stale_weight() -> None:
     """Forward, backward and optimizer in one compiled function: each step multiplies by what the optimizer left."""
     model, x = mlp(), torch.randn(8, 64)
@@ -218,6 +229,7 @@ def test_a_whole_step_never_reads_a_stale_weight() -> None:
     assert products(backend) == {"0": FIRST, "2": ALL}
 
 
+@pytest.mark.feature("Ways to compile", "torch.func.functional_call")
 @pytest.mark.parametrize("make", [lambda t: t.detach().clone(), lambda t: nn.Parameter(t.detach().clone())], ids=["tensor", "parameter"])
 def test_functional_call_with_tensors_of_ones_own(make: Callable[[Tensor], Tensor]) -> None:
     model, x = mlp(), torch.randn(8, 64)
@@ -233,6 +245,7 @@ def test_functional_call_with_tensors_of_ones_own(make: Callable[[Tensor], Tenso
         assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.feature("Ways to train", "GradScaler and gradient clipping")
 def test_scaled_losses_and_clipped_gradients() -> None:
     model = mlp()
     compiled, backend = capture(model)
