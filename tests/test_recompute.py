@@ -136,6 +136,7 @@ def test_a_graph_input_is_not_kept_for_it() -> None:
     assert up.saved_after == packed(TOKENS, DIM)
 
 
+@pytest.mark.slow
 def test_inductor_gives_the_same_gradients() -> None:
     gradients = []
     for choice in ("none", "operands"):

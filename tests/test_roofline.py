@@ -113,6 +113,7 @@ def run(*options: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(SCRIPT), *options], capture_output=True, text=True, env=known | environment)
 
 
+@pytest.mark.slow
 def test_the_tables_print(tmp_path):
     file = tmp_path / "figures.json"
     done = run("--quick", "--json", str(file))
