@@ -43,6 +43,7 @@ FORMS = {
     "W @ x": Form(lambda x, w, b: _plus((w @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1), b)),
     "einsum": Form(lambda x, w, b: _plus(torch.einsum("bti,oi->bto", x, w), b)),
     "bmm": Form(lambda x, w, b: _plus(torch.bmm(x.flatten(0, 1)[None], w[None]).view(*x.shape[:-1], -1), b), turned=True),
+    "convolution": Form(lambda x, w, b: F.conv1d(x.transpose(1, 2), w[:, :, None], b).transpose(1, 2), fused=True),
 }
 
 

@@ -38,7 +38,7 @@ def test_of_a_broken_fixture(broken): pass
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_outcomes_are_noted_beside_those_of_other_machines(
     pytester: pytest.Pytester, workers: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,9 +84,9 @@ class Autocast(nn.Module):
     ("model", "shape", "dtype"),
     [
         (MLP, (48, 64), torch.bfloat16),
-        (MLP, (48, 64), torch.float32),
+        pytest.param(MLP, (48, 64), torch.float32, marks=pytest.mark.slow),
         (SharedInput, (3, 17, 70), torch.bfloat16),
-        (Autocast, (48, 64), torch.float32),
+        pytest.param(Autocast, (48, 64), torch.float32, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("needs_dx", [True, False])
