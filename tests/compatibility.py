@@ -1,8 +1,9 @@
 """What works, as the tests saw it: a pytest plugin that notes which features passed where, and the table in docs/compatibility.md.
 
-    pytest --features docs/compatibility.json -m "slow or not slow"     note what these tests saw, beside what other machines noted
-    python tests/compatibility.py                                       print the table
+    pytest --features=docs/compatibility.json -m "slow or not slow"     note what these tests saw, beside what other machines noted
+    python tests/compatibility.py > docs/compatibility.md               the table
 
+(With the equals sign: pytest would take a path by itself for a test, and not look for plugins beside the others.)
 A test says what it covers with ``@pytest.mark.feature("Group", "what works")``, in which {name} stands for its parameter of that name. A
 feature works on a machine if all its tests there passed.
 """
