@@ -25,11 +25,15 @@ RULES = ("four_over_six", "ms_eden")
 
 
 class Form(NamedTuple):
-    """How a user writes x times a weight. turned: the weight is stored [in, out]. fused: the product adds the bias."""
+    """How a user writes x times a weight. turned: the weight is stored [in, out]. fused: the product adds the bias; F.linear does for a
+    contiguous x only. left: the weight is the product's left operand, y^T = w x^T. channels_first: the result lies in memory as
+    [batch, features, tokens]."""
 
     call: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     turned: bool = False
     fused: bool = False
+    left: bool = False
+    channels_first: bool = False
 
 
 def _plus(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,32 +44,40 @@ FORMS = {
     "F.linear": Form(F.linear, fused=True),
     "x @ W": Form(lambda x, w, b: _plus(x @ w, b), turned=True),
     "x @ W.t()": Form(lambda x, w, b: _plus(x @ w.t(), b)),
-    "W @ x": Form(lambda x, w, b: _plus((w @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1), b)),
+    "W @ x": Form(lambda x, w, b: _plus((w @ x.flatten(0, -2).t()).t().reshape(*x.shape[:-1], -1), b), left=True),
     "einsum": Form(lambda x, w, b: _plus(torch.einsum("bti,oi->bto", x, w), b)),
     "bmm": Form(lambda x, w, b: _plus(torch.bmm(x.flatten(0, 1)[None], w[None]).view(*x.shape[:-1], -1), b), turned=True),
-    "convolution": Form(lambda x, w, b: F.conv1d(x.transpose(1, 2), w[:, :, None], b).transpose(1, 2), fused=True),
+    "convolution": Form(lambda x, w, b: F.conv1d(x.transpose(1, 2), w[:, :, None], b).transpose(1, 2), fused=True, channels_first=True),
 }
 
 
 class Recipe(torch.autograd.Function):
-    """x [T, I] times w [O, I] transposed, plus bias, by the recipe. All rotations have the seed that the operators are patched to draw."""
+    """x [T, I] times w [O, I] transposed, plus bias, by the recipe; with `left`, w times x transposed, and that transposed.
+
+    All rotations have the seed that the operators are patched to draw.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, left: bool) -> Tensor:
         packed_x, packed_w = quartet.quantize(x, RULES[0]), quartet.quantize(w, RULES[0])
         ctx.save_for_backward(*packed_x, *packed_w)
-        ctx.features, ctx.dtypes = x.shape[1], (x.dtype, w.dtype)
+        ctx.features, ctx.dtypes, ctx.left = x.shape[1], (x.dtype, w.dtype), left
+        if left:
+            return quartet.matmul(*packed_w, *packed_x, None, 1.0, x.dtype).t()
         return quartet.matmul(*packed_x, *packed_w, bias, 1.0, x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, e: Tensor) -> tuple[Tensor | None, ...]:
         saved, seeds = ctx.saved_tensors, torch.zeros(1, dtype=torch.int64)
         results: list[Tensor | None] = []
         for needed, dtype, transpose, other in zip(ctx.needs_input_grad, ctx.dtypes, (False, True), (saved[3:], saved[:3]), strict=False):
             left = quartet.quantize_grad(e, seeds, 0, RULES[1], transpose)
             right = quartet.requantize(*other, ctx.features, seeds, 0, RULES[1])
-            results.append(quartet.matmul(*left, *right, None, 1 / 128, dtype) if needed else None)
-        return results[0], results[1], e.sum(0) if ctx.needs_input_grad[2] else None
+            if ctx.left and not transpose:  # dx^T = w^T e^T
+                results.append(quartet.matmul(*right, *left, None, 1 / 128, dtype).t() if needed else None)
+            else:
+                results.append(quartet.matmul(*left, *right, None, 1 / 128, dtype) if needed else None)
+        return results[0], results[1], e.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def as_written(form: Form, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,8 +88,10 @@ def interpreted(form: Form, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor
     if torch.is_autocast_enabled("cpu"):
         x, w = x.bfloat16(), w.bfloat16()
         bias = bias.bfloat16() if bias is not None and form.fused else bias
-    y = Recipe.apply(x.flatten(0, -2), w.t() if form.turned else w, bias if form.fused else None).view(*x.shape[:-1], -1)
-    return y if form.fused else _plus(y, bias)
+    fused = form.fused and (x.is_contiguous() or form.call is not F.linear)
+    y = Recipe.apply(x.flatten(0, -2), w.t() if form.turned else w, bias if fused else None, form.left).reshape(*x.shape[:-1], -1)
+    y = y.transpose(1, 2).contiguous().transpose(1, 2) if form.channels_first else y
+    return y if fused else _plus(y, bias)
 
 
 def experts_as_written(x: Tensor, w: Tensor) -> Tensor:
@@ -87,7 +101,7 @@ def experts_as_written(x: Tensor, w: Tensor) -> Tensor:
 def experts_interpreted(x: Tensor, w: Tensor) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         x, w = x.bfloat16(), w.bfloat16()
-    return torch.stack([Recipe.apply(a, b.t(), None) for a, b in zip(x, w, strict=True)])
+    return torch.stack([Recipe.apply(a, b.t(), None, False) for a, b in zip(x, w, strict=True)])
 
 
 # ---------------------------------------------------------------- programs
