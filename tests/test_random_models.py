@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from support import capture, one_seed, relative_error
 from torch import Tensor
 
-MORE = int(os.environ.get("QUARTET_EXAMPLES", "100"))
+MORE = int(os.environ.get("QUARTET_EXAMPLES", "40"))
 """Models of the slow test: QUARTET_EXAMPLES=500 pytest -m slow tests/test_random_models.py"""
 
 ERROR = 1e-2
