@@ -7,6 +7,7 @@ weight sums over the tokens of its group, in rotated blocks of 128, which must n
 ``group_rows(ends, tokens)``
     -> padded_ends int32 [G], sources int32 [P], places int32 [T]. sources: which token a padded row holds, -1 for none; places: in
     which padded row a token stands, -1 for one behind the last end. P = `padded_rows(T, G)` suffices for all ends.
+    ValueError on a CPU for ends that decrease or lie behind the tokens; a GPU is not waited for, so there, as in torch, nobody looks.
 ``take_rows(x, rows)``
     x [M, K], rows int32 [R] -> [R, K]: row ``rows[i]`` of x, zeros for -1, whatever x holds elsewhere.
 ``grouped_matmul(a..., b..., ends, across, scale)``
@@ -107,6 +108,8 @@ def _grouped_outer_fake(
 
 def _group_rows(ends: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     _check_ends("group_rows", ends)
+    if not ends.is_cuda and any(end < start for start, end in itertools.pairwise([0, *ends.tolist(), tokens])):  # a GPU is not waited for
+        raise ValueError(f"quartet.group_rows: ends of groups must not decrease, nor lie behind the {tokens} tokens, got {ends.tolist()}")
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     sizes = ends - starts
     padded_ends = ((sizes + ROTATION - 1) // ROTATION * ROTATION).cumsum(0, dtype=torch.int32)
@@ -137,69 +140,51 @@ def group_matrices(b: Tensor, groups: int, across: bool) -> Tensor:
     return b.unflatten(1, (groups, -1)).permute(1, 0, 2) if across else b.unflatten(0, (groups, -1))
 
 
-def _grouped_matmul_cpu(
+def _operands(packed: tuple[Tensor, ...], scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """a and b of six packed tensors, as numbers, scale and tensor scales divided between them: exact, see `reference_ops.split_scale`."""
+    a, b = Quantized(*packed[:3]), Quantized(*packed[3:])
+    factors = reference_ops.split_scale(a.tensor_scale, b.tensor_scale, scale)
+    left, right = ((q.dequantize_unscaled(torch.float32) * f).to(dtype) for q, f in zip((a, b), factors, strict=True))
+    return left, right
+
+
+def _spans(ends: Tensor) -> list[tuple[int, int]]:
+    return list(itertools.pairwise([0, *ends.tolist()]))
+
+
+def _grouped_matmul(
     a_codes: Tensor, a_scales: Tensor, a_tensor_scale: Tensor, b_codes: Tensor, b_scales: Tensor, b_tensor_scale: Tensor,
     ends: Tensor, across: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     _check_ends("grouped_matmul", ends)
     shape = _grouped_matmul_shape(a_codes, b_codes, ends, across)
-    fa, fb = reference_ops.split_scale(a_tensor_scale, b_tensor_scale, scale)
-    a = Quantized(a_codes, a_scales, a_tensor_scale).dequantize_unscaled(torch.float32) * fa
-    b = group_matrices(Quantized(b_codes, b_scales, b_tensor_scale).dequantize_unscaled(torch.float32) * fb, ends.shape[0], across)
-    y, start = torch.zeros(shape), 0
+    packed = a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale
+    if ends.is_cuda:
+        a, b = _operands(packed, scale, torch.bfloat16)
+        return torch._grouped_mm(a, group_matrices(b, ends.shape[0], across).transpose(1, 2), offs=ends)
+    a, b = _operands(packed, scale, torch.float32)
+    y, matrices = torch.zeros(shape), group_matrices(b, ends.shape[0], across)
     with torch.autocast("cpu", enabled=False):
-        for g, end in enumerate(ends.tolist()):
-            y[start:end] = a[start:end] @ b[g].t()
-            start = end
+        for matrix, (start, end) in zip(matrices, _spans(ends), strict=True):
+            y[start:end] = a[start:end] @ matrix.t()
     return y.bfloat16()
 
 
-def _grouped_outer_cpu(
+def _grouped_outer(
     a_codes: Tensor, a_scales: Tensor, a_tensor_scale: Tensor, b_codes: Tensor, b_scales: Tensor, b_tensor_scale: Tensor,
     ends: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
     _check_ends("grouped_outer", ends)
     _check_outer(a_codes, b_codes)
-    fa, fb = reference_ops.split_scale(a_tensor_scale, b_tensor_scale, scale)
-    a = Quantized(a_codes, a_scales, a_tensor_scale).dequantize_unscaled(torch.float32) * fa
-    b = Quantized(b_codes, b_scales, b_tensor_scale).dequantize_unscaled(torch.float32) * fb
-    bounds = [0, *ends.tolist()]
+    packed = a_codes, a_scales, a_tensor_scale, b_codes, b_scales, b_tensor_scale
+    if ends.is_cuda:
+        a, b = _operands(packed, scale, torch.bfloat16)
+        return torch._grouped_mm(a, b.t(), offs=ends)
+    a, b = _operands(packed, scale, torch.float32)
     with torch.autocast("cpu", enabled=False):
-        parts = [a[:, start:end] @ b[:, start:end].t() for start, end in itertools.pairwise(bounds)]
-    return torch.stack(parts).bfloat16()
+        return torch.stack([a[:, start:end] @ b[:, start:end].t() for start, end in _spans(ends)]).bfloat16()
 
 
-def _values(codes: Tensor, scales: Tensor, tensor_scale: Tensor, factor: Tensor) -> Tensor:
-    return (Quantized(codes, scales, tensor_scale).dequantize_unscaled(torch.float32) * factor).bfloat16()
-
-
-def _grouped_matmul_cuda(
-    a_codes: Tensor, a_scales: Tensor, a_tensor_scale: Tensor, b_codes: Tensor, b_scales: Tensor, b_tensor_scale: Tensor,
-    ends: Tensor, across: bool, scale: float,
-) -> Tensor:  # fmt: skip
-    _check_ends("grouped_matmul", ends)
-    _grouped_matmul_shape(a_codes, b_codes, ends, across)
-    fa, fb = reference_ops.split_scale(a_tensor_scale, b_tensor_scale, scale)
-    a, b = _values(a_codes, a_scales, a_tensor_scale, fa), _values(b_codes, b_scales, b_tensor_scale, fb)
-    return torch._grouped_mm(a, group_matrices(b, ends.shape[0], across).transpose(1, 2), offs=ends)
-
-
-def _grouped_outer_cuda(
-    a_codes: Tensor, a_scales: Tensor, a_tensor_scale: Tensor, b_codes: Tensor, b_scales: Tensor, b_tensor_scale: Tensor,
-    ends: Tensor, scale: float,
-) -> Tensor:  # fmt: skip
-    _check_ends("grouped_outer", ends)
-    _check_outer(a_codes, b_codes)
-    fa, fb = reference_ops.split_scale(a_tensor_scale, b_tensor_scale, scale)
-    a, b = _values(a_codes, a_scales, a_tensor_scale, fa), _values(b_codes, b_scales, b_tensor_scale, fb)
-    return torch._grouped_mm(a, b.t(), offs=ends)
-
-
-for _name, _on_cpu, _on_cuda in (
-    ("group_rows", _group_rows, _group_rows),
-    ("take_rows", _take_rows, _take_rows),
-    ("grouped_matmul", _grouped_matmul_cpu, _grouped_matmul_cuda),
-    ("grouped_outer", _grouped_outer_cpu, _grouped_outer_cuda),
-):
-    _library.impl(_name, _on_cpu, "CPU")
-    _library.impl(_name, _on_cuda, "CUDA")
+for _function in (_group_rows, _take_rows, _grouped_matmul, _grouped_outer):
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_function.__name__.removeprefix("_"), _function, _device)

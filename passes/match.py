@@ -139,6 +139,8 @@ def _unsupported_groups(node: Node) -> str:
     _, left, right = _arguments(node)
     if (left.meta["val"].dim(), right.meta["val"].dim()) != (2, 3) or _ends(node) is None:
         return "its _grouped_mm is not one of tokens [T, I] with weights [G, I, O]"
+    if any(n.meta["val"].dtype != torch.bfloat16 for n in (left, right, node)):
+        return "its _grouped_mm is not in bfloat16"
     return "its _grouped_mm has a bias" if node.kwargs.get("bias") or node.args[3:4] not in ((), (None,)) else ""
 
 

@@ -67,7 +67,10 @@ def test_between_other_convolutions() -> None:
         compiled(torch.randn(2, 64, 8, 8)).sum().backward()
     assert [(linear.name, linear.products) for linear in backend.report(model).linears] == [("0", ("y", "dw")), ("4", ("y", "dx", "dw"))]
     assert (len(seeds.plain), len(seeds.transposed)) == (1, 2)
-    assert backend.graphs[0].backward.count("aten.convolution_backward") == 3, "one whole, two for their bias"
+    backward = backend.graphs[0].backward
+    assert backward.count("aten.convolution_backward") == 3
+    assert backward.count("[True, True, True]") == 1
+    assert backward.count("[False, False, True]") == 2, "only the bias is left of those that are rewritten"
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -12,10 +12,14 @@ from support import capture, relative_error
 from test_emulate import emulation_everywhere
 from test_emulate import step as inductor_step
 from torch import Tensor, nn
+from torch._functorch._aot_autograd.descriptors import PlainAOTInput
 from torch._inductor.utils import run_and_get_code
+from torch.fx import Graph
 
 from quartet_compile.kernels import grouped_ops, reference
 from quartet_compile.kernels.format import Quantized
+from quartet_compile.passes.match import match
+from quartet_compile.passes.site import Site, Unsupported
 
 quartet = torch.ops.quartet
 
@@ -111,6 +115,9 @@ def test_each_product_of_groups_is_a_linear(transposed: bool) -> None:
     assert [linear.name for linear in linears] == ["gate[0:4]", "up[0:4]", "down[0:4]"]
     assert all(linear.products == ("y", "dx", "dw") for linear in linears)
     assert [linear.shape for linear in linears] == [(300, 64, 96), (300, 64, 96), (300, 96, 64)]
+    rows = 128 * (300 // 128 + 4)  # padded, whatever the groups are
+    assert [linear.saved_after for linear in linears] == [rows * 64 * 9 // 16 + 4, 0, rows * 96 * 9 // 16 + 4]
+    assert [linear.weight_bytes for linear in linears] == [4 * 128 * ins * 9 // 16 + 4 for ins in (64, 64, 96)]
     (graph,) = backend.graphs
     assert graph.forward.count("quartet.quantize.") == 5, "x once for gate and up"
     assert graph.forward.count("quartet.group_rows") == 1
@@ -134,6 +141,31 @@ def test_a_product_of_groups_that_is_no_linear_is_reported() -> None:
     (linear,) = backend.report(model).linears
     assert linear.left_because == "unsupported"
     assert "not one of tokens" in linear.reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_other_dtypes_are_reported(dtype: torch.dtype) -> None:
+    """Versions of torch differ in what they capture; this graph is made by hand."""
+    graph = Graph()
+    shapes = {"x": (10, 64), "w": (4, 64, 64), "ends": (4,)}
+    x, w, ends = (graph.placeholder(name) for name in shapes)
+    product = graph.call_function(torch.ops.aten._grouped_mm.default, (x, w, ends))
+    for node, shape, of in ((x, shapes["x"], dtype), (w, shapes["w"], dtype), (ends, (4,), torch.int32), (product, (10, 64), dtype)):
+        node.meta["val"] = torch.empty(shape, dtype=of, device="meta")
+    x.meta["desc"], w.meta["desc"], ends.meta["desc"] = (PlainAOTInput(i) for i in range(3))
+    graph.output((product,))
+    (found,) = match(graph, {1: "w"})
+    if dtype is torch.bfloat16:
+        assert isinstance(found, Site)
+    else:
+        assert isinstance(found, Unsupported)
+        assert found.reason == "its _grouped_mm is not in bfloat16"
+
+
+@pytest.mark.parametrize("ends", [[10, 5, 20, 30], [0, 10, 20, 301], [-1, 10, 20, 30]])
+def test_ends_that_are_none_are_refused(ends: list[int]) -> None:
+    with pytest.raises(ValueError, match="must not decrease, nor lie behind the 300 tokens"):
+        quartet.group_rows(int32(ends), TOKENS)
 
 
 # ---------------------------------------------------------------- numbers
