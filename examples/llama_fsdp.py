@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from gpt_data import Corpus, load_corpus, training_batch
-from llama_model import Llama, LlamaConfig
+from llama_model import CHECKPOINTING, Llama, LlamaConfig
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -79,11 +79,11 @@ def shared_corpus(preset: Preset, args: argparse.Namespace) -> Corpus:
     return box[0]
 
 
-def sharded(preset: Preset, backend: str, args: argparse.Namespace) -> Llama:
+def sharded(config: LlamaConfig, args: argparse.Namespace, **compile_arguments: Any) -> Llama:
     """The model, its parameters spread over all processes, each block compiled. Equal seeds give equal parameters."""
     torch.manual_seed(args.seed)
     with device:
-        model = Llama(preset.model, args.checkpoint)
+        model = Llama(config, args.checkpoint)
     # On GPUs blocks compute in bfloat16 with copies of the float32 parameters. Their inputs are bfloat16 by then; the tables of rotary
     # angles are float32 and shall stay so.
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -95,7 +95,7 @@ def sharded(preset: Preset, backend: str, args: argparse.Namespace) -> Llama:
         fully_shard(block, **common, reshard_after_forward=args.reshard)
     fully_shard(model, **common)
     for block in model.layers:
-        block.compile(backend=backend)
+        block.compile(**compile_arguments)
     return model
 
 
@@ -103,7 +103,7 @@ def train(backend: str, preset: Preset, corpus: Corpus, args: argparse.Namespace
     """Train from equal parameters on equal batches, whatever the backend and the number of processes. Returns what the table shows."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch._dynamo.reset()
-    model = sharded(preset, backend, args)
+    model = sharded(preset.model, args, backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=preset.lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     first = load(model, optimizer, args.resume) if args.resume else 0
     losses, seconds = [], []
@@ -170,7 +170,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--reshard", action=argparse.BooleanOptionalAction, default=True, help="gather parameters again in the backward pass (default)"
     )
-    parser.add_argument("--checkpoint", action="store_true", help="activation checkpointing: compute each block again in the backward pass")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTING, default="none", help="what each block computes again in the backward pass")
     parser.add_argument("--compare", action="store_true", help="train with inductor, then with quartet, from the same parameters")
     parser.add_argument("--save", metavar="FOLDER", help="write a checkpoint after the last step")
     parser.add_argument("--resume", metavar="FOLDER", help="go on from a checkpoint")

@@ -1,15 +1,32 @@
-"""A Llama in plain PyTorch: the demo's GPT with grouped queries, whose layers may be recomputed in the backward pass.
+"""A Llama in plain PyTorch: the demo's GPT with grouped queries and activation checkpointing.
 
 Nothing in this file knows about 4-bit training or about other processes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from gpt_model import MLP, rotary_tables, rotate
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+aten = torch.ops.aten
+
+EXPENSIVE = [
+    aten.mm.default, aten._scaled_dot_product_flash_attention.default, aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
+]  # fmt: skip
+"""What selective checkpointing does not compute twice."""
+
+CHECKPOINTING: dict[str, Callable[..., torch.Tensor]] = {
+    "none": lambda layer, *args: layer(*args),
+    "selective": partial(checkpoint, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, EXPENSIVE)),
+    "full": partial(checkpoint, use_reentrant=False),
+}
+"""How a layer is called: what its backward pass needs is kept; kept only if it was expensive; all computed again."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +64,16 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then SwiGLU, each normalized first and added to the residual stream."""
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, checkpointing: str) -> None:
         super().__init__()
+        self.checkpointing = checkpointing
         self.attn_norm, self.attn = nn.RMSNorm(config.dim, eps=1e-5), Attention(config)
         self.mlp_norm, self.mlp = nn.RMSNorm(config.dim, eps=1e-5), MLP(config)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return CHECKPOINTING[self.checkpointing](self.layer, x, cos, sin)
+
+    def layer(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(self.attn_norm(x), cos, sin)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -60,11 +81,10 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """`llama(tokens, targets)` is the mean cross-entropy in nats per token."""
 
-    def __init__(self, config: LlamaConfig, checkpointing: bool = False) -> None:
+    def __init__(self, config: LlamaConfig, checkpointing: str = "none") -> None:
         super().__init__()
-        self.checkpointing = checkpointing
         self.embedding = nn.Embedding(config.vocab, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(Block(config, checkpointing) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.dim, eps=1e-5)
         self.lm_head = nn.Linear(config.dim, config.vocab, bias=False)
         cos, sin = rotary_tables(config.context, config.dim // config.heads, base=500_000.0)
@@ -79,5 +99,5 @@ class Llama(nn.Module):
         positions = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
         x = self.embedding(tokens)
         for layer in self.layers:
-            x = checkpoint(layer, x, *positions, use_reentrant=False) if self.checkpointing else layer(x, *positions)
+            x = layer(x, *positions)
         return F.cross_entropy(self.lm_head(self.norm(x)).flatten(0, 1).float(), targets.flatten())

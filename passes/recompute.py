@@ -8,7 +8,8 @@ The forward quantizers draw nothing, so quantizing the same tensor again gives t
                 of SwiGLU from its two inputs, that of a norm from its input and its statistics, that of attention as it is
 
 The choice is told to the partitioner in the way in which activation checkpointing tells its own, on the quantizer and on the pointwise code
-before it. What checkpointing has decided is left alone.
+before it. What checkpointing has decided of that code is left alone; a product that it keeps is one more tensor to start from. That a
+product is kept says nothing of its quantizers, which are ours.
 """
 
 from __future__ import annotations
@@ -36,14 +37,16 @@ def recompute(graph: Graph, parameters: Mapping[int, str], choice: str) -> froze
     backward = backward_nodes(graph)
     free = {node for node in graph.find_nodes(op="placeholder") if dynamo_input_index(node) in parameters}
     if choice == "operands":
-        free |= _read_in_backward(graph, backward)
+        free |= _read_in_backward(graph, backward) | _kept_by_checkpointing(graph, backward)
     for quantizer in graph.find_nodes(op="call_function", target=quartet.quantize.default):
         parts = list(quantizer.users)
         if not any(user in backward for part in parts for user in part.users):
             continue  # nothing of it is saved
         again = _path_from(free, quantizer.all_input_nodes[0])
         if again is not None:
-            for node in (quantizer, *parts, *again):
+            for node in (quantizer, *parts):
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            for node in again:
                 node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
             marked.add(operand(quantizer.all_input_nodes[0]))
     return frozenset(marked)
@@ -59,6 +62,12 @@ def _read_in_backward(graph: Graph, backward: set[Node]) -> set[Node]:
         if any(user in read if _is_view(user) else user in backward and _computes_numbers(user) for user in node.users):
             read.add(node)
     return read - backward
+
+
+def _kept_by_checkpointing(graph: Graph, backward: set[Node]) -> set[Node]:
+    """What selective checkpointing keeps for its users in the forward pass, which run again."""
+    keep = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE)
+    return {node for node in graph.nodes if node.meta.get("recompute") in keep} - backward
 
 
 def _is_view(node: Node) -> bool:

@@ -15,6 +15,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else Inductor sta
 
 import pytest
 import torch
+from support import DEVICES
 
 pytest_plugins = ["compatibility", "pytester"]
 
@@ -25,6 +26,14 @@ def _fresh() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the test's models and tensors are made, if it does not say where."""
+    torch.set_default_device(request.param)
+    yield torch.device(request.param)
+    torch.set_default_device(None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,6 +12,7 @@ import float64_recipe
 import torch
 import torch.nn.functional as F
 import transformers
+from support import float64
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -148,8 +149,8 @@ def forward_quantized(model: nn.Module, names: list[str]) -> Iterator[None]:
     """The linears named compute their eager forward by the independent float64 recipe."""
 
     def values(x: Tensor) -> Tensor:
-        rows = x.detach().reshape(-1, x.shape[-1])
-        return torch.from_numpy(float64_recipe.four_over_six(rows.double().numpy())).reshape(x.shape)
+        rows = float64(x.reshape(-1, x.shape[-1]))
+        return torch.from_numpy(float64_recipe.four_over_six(rows)).reshape(x.shape).to(x.device)
 
     def hook(module: Any, args: tuple[Tensor], y: Tensor) -> Tensor:
         weight = module.weight.t() if isinstance(module, Conv1D) else module.weight

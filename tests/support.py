@@ -16,6 +16,10 @@ from quartet_compile.capture import GraphCapture
 from quartet_compile.kernels import cpu, ops
 from quartet_compile.options import split_options
 
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
+"""Values of a parameter: where a test runs."""
+
 
 def capture(model: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], GraphCapture]:
     """(the compiled model, its capture): our passes and torch's partitioner without Inductor's code generation, which takes seconds.
@@ -36,16 +40,24 @@ class Seeds:
 
 @contextmanager
 def recorded_seeds() -> Iterator[Seeds]:
-    """Watch the seeds that `quartet.quantize_grad` is called with on the CPU."""
-    seen, original = Seeds(), cpu.quantize_grad
+    """Watch the seeds that `quartet.quantize_grad` is called with, on the CPU and on GPUs."""
+    seen = Seeds()
 
-    def watching(e: torch.Tensor, seeds: torch.Tensor, index: int, rule: str, transpose: bool, rank: int) -> Any:
-        (seen.transposed if transpose else seen.plain).append(int(seeds[index]))
-        return original(e, seeds, index, rule, transpose, rank)
+    def watched(original: Callable[..., Any]) -> Callable[..., Any]:
+        def watching(e: torch.Tensor, seeds: torch.Tensor, index: int, rule: str, transpose: bool, rank: int) -> Any:
+            (seen.transposed if transpose else seen.plain).append(int(seeds[index]))
+            return original(e, seeds, index, rule, transpose, rank)
+
+        return watching
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "quantize_grad", watching)
+        for module in (cpu, ops.triton_kernels()) if torch.cuda.is_available() else (cpu,):
+            patch.setattr(module, "quantize_grad", watched(module.quantize_grad))
         yield seen
+
+
+def float64(x: torch.Tensor) -> np.ndarray:
+    return x.detach().double().cpu().numpy()
 
 
 def train_step(model: torch.nn.Module, x: torch.Tensor, context: Any = None) -> tuple[torch.Tensor, torch.Tensor, Seeds, Any]:
@@ -54,7 +66,7 @@ def train_step(model: torch.nn.Module, x: torch.Tensor, context: Any = None) -> 
     with recorded_seeds() as seeds:
         with context or nullcontext():
             y = compiled(x)
-        e = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+        e = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), device="cpu").to(y)
         y.backward(e)
     return y, e, seeds, backend.report(model)
 
@@ -83,12 +95,12 @@ def one_seed(seed: int = 1234) -> Iterator[None]:
         yield
 
 
-def relative_error(ours: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
+def relative_error(ours: np.ndarray | torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
     """Frobenius norm of the difference over that of the expected value, in float64."""
-    reference = torch.as_tensor(expected).double()
-    return float((ours.detach().double() - reference).norm() / reference.norm())
+    a, b = (float64(torch.as_tensor(x)) for x in (ours, expected))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def off_by_more_than_rounding(ours: torch.Tensor, expected: np.ndarray | torch.Tensor) -> float:
     """Share of elements that differ from the expected value rounded once to the dtype of `ours`."""
-    return float((ours.detach() != torch.as_tensor(expected).to(ours.dtype)).float().mean())
+    return float((ours.detach().cpu() != torch.as_tensor(expected).cpu().to(ours.dtype)).float().mean())

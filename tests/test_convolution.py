@@ -7,8 +7,10 @@ from typing import Any
 import float64_recipe as independent
 import pytest
 import torch
-from support import capture, recorded_seeds, relative_error, train_step
+from support import capture, float64, recorded_seeds, relative_error, train_step
 from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("device")
 
 CASES = [
     pytest.param(nn.Conv1d, (5,), id="1d"),
@@ -19,7 +21,7 @@ CASES = [
 
 def matrix(image: Tensor) -> Any:
     """[N, C, ...] -> float64 [pixels, C]."""
-    return image.detach().movedim(1, -1).flatten(0, -2).double().numpy()
+    return float64(image.movedim(1, -1).flatten(0, -2))
 
 
 @pytest.mark.feature("Ways to write a linear", "convolution with a kernel of one element")
@@ -31,11 +33,11 @@ def test_a_step_equals_the_independent_recipe(kind: Any, sizes: tuple[int, ...],
     (linear,) = report.linears
     pixels = 4 * torch.Size(sizes).numel()
     assert (linear.name, linear.shape, linear.products) == ("(root)", (pixels, 70, 66), ("y", "dx", "dw"))
-    w = model.weight.detach().flatten(1).double().numpy()
-    shift = model.bias.detach().double().numpy() if bias else 0
+    w = float64(model.weight.flatten(1))
+    shift = float64(model.bias) if bias else 0
     assert y.shape == model(x).shape
-    assert relative_error(torch.tensor(matrix(y)), independent.linear(matrix(x), w) + shift) < 1e-6
-    assert relative_error(torch.tensor(matrix(x.grad)), independent.dgrad(matrix(e), w, seeds.plain[0])) < 1e-6
+    assert relative_error(matrix(y), independent.linear(matrix(x), w) + shift) < 1e-6
+    assert relative_error(matrix(x.grad), independent.dgrad(matrix(e), w, seeds.plain[0])) < 1e-6
     assert relative_error(model.weight.grad.flatten(1), independent.wgrad(matrix(e), matrix(x), seeds.transposed[0])) < 1e-6
     if bias:
         assert relative_error(model.bias.grad, matrix(e).sum(0)) < 1e-6
@@ -46,8 +48,8 @@ def test_channels_last_and_a_frozen_weight() -> None:
     x = torch.randn(2, 64, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
     _, e, seeds, report = train_step(model, x)
     assert report.linears[0].products == ("y", "dx")
-    w = model.weight.flatten(1).double().numpy()
-    assert relative_error(torch.tensor(matrix(x.grad)), independent.dgrad(matrix(e), w, seeds.plain[0])) < 1e-6
+    w = float64(model.weight.flatten(1))
+    assert relative_error(matrix(x.grad), independent.dgrad(matrix(e), w, seeds.plain[0])) < 1e-6
 
 
 def test_what_is_excluded_stays_a_convolution() -> None:

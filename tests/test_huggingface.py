@@ -1,6 +1,7 @@
 """Models of Hugging Face Transformers: every linear is accounted for, logits are the recipe's, and the models train.
 
-The graphs are run by the interpreter; the example's test compiles one model with Inductor.
+On a CPU the graphs are run by torch.fx's interpreter, and the example's test compiles one model with Inductor. On a GPU Inductor compiles
+all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import capture, relative_error
+from support import DEVICES, capture, relative_error
 from torch import Tensor
 
 pytest.importorskip("transformers")
@@ -61,16 +62,20 @@ class Run:
 
 
 @functools.cache
-def run(name: str) -> Run:
+def run(name: str, device: str) -> Run:
     model, inputs = MODELS[name]()
+    model, inputs = model.to(device), {key: value.to(device) for key, value in inputs.items()}
     compiled, backend = capture(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     with torch.no_grad():
         float32 = model(**inputs).logits
     multiplied = parameters_multiplied(model, inputs)
     outputs = compiled(**inputs)
-    first = outputs.logits.detach()
     report = backend.report(model)
+    if device == "cuda":
+        compiled = torch.compile(model, backend="quartet")
+        outputs = compiled(**inputs)
+    first = outputs.logits.detach()
     with torch.no_grad(), forward_quantized(model, [linear.name for linear in report.linears if linear.products]):
         recipe = model(**inputs).logits
     losses = []
@@ -86,8 +91,9 @@ def run(name: str) -> Run:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_linear_is_accounted_for(name: str) -> None:
-    result = run(name)
+@pytest.mark.parametrize("on", DEVICES)
+def test_every_linear_is_accounted_for(name: str, on: str) -> None:
+    result = run(name, on)
     experts = {n for n in result.multiplied if ".experts." in n}  # as often as experts are hit
     assert set(result.in_report) == set(result.multiplied)
     assert {n: k for n, k in result.in_report.items() if n not in experts} == {
@@ -98,8 +104,9 @@ def test_every_linear_is_accounted_for(name: str) -> None:
 
 @pytest.mark.feature("Models", "{name}")
 @pytest.mark.parametrize("name", MODELS)
-def test_all_but_the_defaults_run_in_nvfp4(name: str) -> None:
-    linears = run(name).report.linears
+@pytest.mark.parametrize("on", DEVICES)
+def test_all_but_the_defaults_run_in_nvfp4(name: str, on: str) -> None:
+    linears = run(name, on).report.linears
     for linear in linears:
         left = LEFT[name].get(linear.name.rpartition(".")[2])
         assert linear.products == (() if left else ("y", "dx", "dw")), linear
@@ -109,10 +116,11 @@ def test_all_but_the_defaults_run_in_nvfp4(name: str) -> None:
 
 @pytest.mark.feature("Models", "{name}")
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_the_recipe(name: str) -> None:
+@pytest.mark.parametrize("on", DEVICES)
+def test_logits_are_those_of_the_recipe(name: str, on: str) -> None:
     """Float32 differs by the recipe's error. The recipe in eager float64 differs by far less: where sums in another order round to another
     code, which moves one number of hundreds by one step."""
-    result = run(name)
+    result = run(name, on)
     error = relative_error(result.logits_recipe, result.logits_float32)
     assert relative_error(result.logits, result.logits_recipe) < 0.02 * error
     assert relative_error(result.logits, result.logits_float32) == pytest.approx(error, rel=0.02)
@@ -120,8 +128,9 @@ def test_logits_are_those_of_the_recipe(name: str) -> None:
 
 @pytest.mark.feature("Models", "{name}")
 @pytest.mark.parametrize("name", MODELS)
-def test_trains_on_one_batch(name: str) -> None:
-    result = run(name)
+@pytest.mark.parametrize("on", DEVICES)
+def test_trains_on_one_batch(name: str, on: str) -> None:
+    result = run(name, on)
     assert all(map(math.isfinite, result.losses))
     assert result.losses == sorted(result.losses, reverse=True), result.losses
     assert result.not_reached == []

@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Callable
 
 import float64_recipe as independent
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support import capture, off_by_more_than_rounding, recorded_seeds, relative_error, train_step
+from support import capture, float64, off_by_more_than_rounding, recorded_seeds, relative_error, train_step
 from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("device")
 
 I, O = 70, 66  # multiples of nothing
 
@@ -94,10 +97,10 @@ def check_float32(model: nn.Module, x: Tensor) -> None:
     y, e, seeds, report = train_step(model, x)
     (linear,) = report.linears
     assert linear.products == (("y", "dx", "dw") if x.requires_grad else ("y", "dw")), linear.reason
-    x64, w64, e64 = (t.detach().double().reshape(-1, t.shape[-1]).numpy() for t in (x, weight_of(model), e))
-    expected = torch.tensor(independent.linear(x64, w64)).reshape(y.shape)
+    x64, w64, e64 = (float64(t.reshape(-1, t.shape[-1])) for t in (x, weight_of(model), e))
+    expected = independent.linear(x64, w64).reshape(y.shape)
     if getattr(model, "bias", None) is not None:
-        expected = expected + model.bias.detach().double()
+        expected = expected + float64(model.bias)
     # 1e-6: float32 sums of about 70 products; a single code that came out differently would show as 1e-4 or more
     assert relative_error(y, expected) < 1e-6
     dw = weight_of(model).grad if isinstance(model, (nn.Linear, Functional)) else model.weight.grad.t()
@@ -121,17 +124,17 @@ def test_an_input_without_gradient_has_no_dgrad() -> None:
 
 @pytest.mark.feature("Ways to train", "pure bfloat16")
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bfloat16_results_are_rounded_once(autocast: bool) -> None:
+def test_bfloat16_results_are_rounded_once(autocast: bool, device: torch.device) -> None:
     """float32 weights under autocast, and a bfloat16 model: what the product would have read is quantized, its sum rounded once."""
     model = nn.Linear(I, O)
     x = torch.randn(2, 20, I, requires_grad=True)
     if not autocast:
         model, x = model.bfloat16(), x.detach().bfloat16().requires_grad_()
-    y, e, seeds, report = train_step(model, x, torch.autocast("cpu", torch.bfloat16, enabled=autocast))
+    y, e, seeds, report = train_step(model, x, torch.autocast(device.type, torch.bfloat16, enabled=autocast))
     assert report.linears[0].products == ("y", "dx", "dw")
     assert y.dtype == torch.bfloat16
-    x64, w64, e64 = (t.detach().bfloat16().double().reshape(-1, t.shape[-1]).numpy() for t in (x, model.weight, e))
-    expected = torch.tensor(independent.linear(x64, w64)) + model.bias.detach().bfloat16().double()
+    x64, w64, e64 = (float64(t.bfloat16().reshape(-1, t.shape[-1])) for t in (x, model.weight, e))
+    expected = independent.linear(x64, w64) + float64(model.bias.bfloat16())
     # float32 and float64 sums round to different bfloat16 numbers only next to a midpoint: about 1e-4 of the elements
     assert off_by_more_than_rounding(y, expected.reshape(y.shape)) < 2e-3
     dx, dw = independent.dgrad(e64, w64, seeds.plain[0]), independent.wgrad(e64, x64, seeds.transposed[0])
@@ -145,7 +148,7 @@ def test_float16() -> None:
     compiled, _ = capture(model, min_features=1)
     with torch.no_grad():
         y = compiled(x)
-    expected = torch.tensor(independent.linear(x.double().numpy(), model.weight.detach().double().numpy())) + model.bias.detach().double()
+    expected = independent.linear(float64(x), float64(model.weight)) + float64(model.bias)
     assert off_by_more_than_rounding(y, expected) < 2e-3
 
 
@@ -155,7 +158,7 @@ def test_a_frozen_weight_has_only_dgrad() -> None:
     x = torch.randn(40, I, requires_grad=True)
     _, e, seeds, report = train_step(model, x)
     assert report.linears[0].products == ("y", "dx")
-    assert relative_error(x.grad, independent.dgrad(e.double().numpy(), model.weight.double().numpy(), seeds.plain[0])) < 1e-6
+    assert relative_error(x.grad, independent.dgrad(float64(e), float64(model.weight), seeds.plain[0])) < 1e-6
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -170,7 +173,7 @@ def test_a_frozen_weight_that_matmul_expands_over_the_batch(dynamic: bool) -> No
         y.backward(e)
     (linear,) = backend.report(model).linears
     assert (linear.products, linear.shape) == (("y", "dx"), (40, I, O))
-    x64, w64, e64 = (t.detach().double().reshape(-1, t.shape[-1]).numpy() for t in (x, model.weight, e))
+    x64, w64, e64 = (float64(t.reshape(-1, t.shape[-1])) for t in (x, model.weight, e))
     assert relative_error(y.reshape(-1, O), independent.linear(x64, w64)) < 1e-6
     assert relative_error(x.grad.reshape(-1, I), independent.dgrad(e64, w64, seeds.plain[0])) < 1e-6
 
@@ -189,14 +192,12 @@ def test_one_weight_used_twice_is_two_sites_with_one_packed_weight() -> None:
     y, e, seeds, report = train_step(model, x)
     assert [linear.products for linear in report.linears] == [("y", "dx", "dw")] * 2
     assert report.graphs[0].forward.count("quartet.quantize.default") == 3, "two activations, one weight"
-    w, e64, x64 = model.l.weight.detach().double(), e.double(), x.detach().double()
-    hidden = torch.tanh(torch.tensor(independent.linear(x64.numpy(), w.numpy())))
-    assert relative_error(y, independent.linear(hidden.numpy(), w.numpy())) < 1e-4  # a hidden value near a tie may move with float32
+    w, e64, x64 = float64(model.l.weight), float64(e), float64(x)
+    hidden = np.tanh(independent.linear(x64, w))
+    assert relative_error(y, independent.linear(hidden, w)) < 1e-4  # a hidden value near a tie may move with float32
     # both products of the weight share its rotation; the second linear's backward runs first
-    d_hidden = torch.tensor(independent.dgrad(e64.numpy(), w.numpy(), seeds.plain[0])) * (1 - hidden**2)
-    dw = independent.wgrad(e64.numpy(), hidden.numpy(), seeds.transposed[0]) + independent.wgrad(
-        d_hidden.numpy(), x64.numpy(), seeds.transposed[1]
-    )
+    d_hidden = independent.dgrad(e64, w, seeds.plain[0]) * (1 - hidden**2)
+    dw = independent.wgrad(e64, hidden, seeds.transposed[0]) + independent.wgrad(d_hidden, x64, seeds.transposed[1])
     assert seeds.plain[0] == seeds.plain[1]
     assert relative_error(model.l.weight.grad, dw) < 5e-3
 
@@ -226,7 +227,7 @@ def test_the_matrices_of_a_batch_are_linears_of_their_own(form: str) -> None:
     assert all(linear.shape == (40, I, O) for linear in report.linears)
     assert len(set(seeds.plain)) == len(set(seeds.transposed)) == experts
     for i in range(experts):
-        x64, w64, e64 = (t[i].detach().double().numpy() for t in (x, model.w, e))
+        x64, w64, e64 = (float64(t[i]) for t in (x, model.w, e))
         assert relative_error(y[i], independent.linear(x64, w64)) < 1e-6
         assert relative_error(x.grad[i], independent.dgrad(e64, w64, seeds.plain[i])) < 1e-6
         assert relative_error(model.w.grad[i], independent.wgrad(e64, x64, seeds.transposed[i])) < 1e-6
@@ -241,8 +242,7 @@ def test_inference(mode: str) -> None:
     context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "eval": contextlib.nullcontext}[mode]
     with context():
         y = compiled(x)
-    expected = torch.tensor(independent.linear(x.double().numpy(), model[0].weight.detach().double().numpy()))
-    assert relative_error(y, expected + model[0].bias.detach().double()) < 1e-6
+    assert relative_error(y, independent.linear(float64(x), float64(model[0].weight)) + float64(model[0].bias)) < 1e-6
     assert "y" in backend.report(model).linears[0].products
 
 
@@ -267,8 +267,8 @@ def test_an_input_stored_transposed() -> None:
         e = torch.randn_like(y)
         y.backward(e)
     assert backend.report(model).linears[0].products == ("y", "dx", "dw")
-    x64, w64, e64 = x.detach().double().t().numpy(), model.weight.detach().double().numpy(), e.double().numpy()
-    assert relative_error(y, torch.tensor(independent.linear(x64, w64)) + model.bias.detach().double()) < 1e-6
+    x64, w64, e64 = float64(x.t()), float64(model.weight), float64(e)
+    assert relative_error(y, independent.linear(x64, w64) + float64(model.bias)) < 1e-6
     drawn = {*seeds.plain, *seeds.transposed}
     assert min(relative_error(x.grad.t(), independent.dgrad(e64, w64, s)) for s in drawn) < 1e-6
     assert min(relative_error(model.weight.grad, independent.wgrad(e64, x64, s)) for s in drawn) < 1e-6

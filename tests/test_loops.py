@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import quartet_compile  # noqa: F401  (registers the backend)
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
@@ -82,15 +84,15 @@ def test_weights_written_through_data_are_read() -> None:
 @pytest.mark.feature("Ways to train", "data loaders with workers: {start}")
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_data_loaders_with_workers(model_and_optimizer: Any, start: str) -> None:
+def test_data_loaders_with_workers(model_and_optimizer: Any, start: str, device: torch.device) -> None:
     """Started between two compiled steps, when Inductor's own processes and threads are there."""
     model, optimizer = model_and_optimizer
     compiled = torch.compile(model, backend="quartet")
-    x = torch.randn(64, 64)
+    x = torch.randn(64, 64, device="cpu")
     data = TensorDataset(x, x.roll(1, dims=1))
 
     def step(batch: Tensor, target: Tensor) -> float:
-        loss = nn.functional.mse_loss(compiled(batch), target)
+        loss = nn.functional.mse_loss(compiled(batch.to(device)), target.to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

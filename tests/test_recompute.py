@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from support import capture
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from quartet_compile.kernels.format import GROUP
 from quartet_compile.options import split_options
+
+aten = torch.ops.aten
 
 TOKENS, DIM, HIDDEN = 96, 64, 128
 
@@ -71,8 +74,17 @@ def checkpointed(x: Tensor) -> Tensor:
     return checkpoint(normed_gelu, x, use_reentrant=False)
 
 
+class Selective(Block):
+    """Checkpointed, but for products and attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default]
+        return checkpoint(super().forward, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, kept))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "block": Block,
+    "selective": Selective,
     "cumsum": lambda: MLP(lambda x: torch.cumsum(x, 1)),
     **{f.__name__: lambda f=f: MLP(f) for f in (F.gelu, F.silu, F.relu, squared_relu, dropout, noisy_gelu, normed_gelu, checkpointed)},
 }
@@ -128,6 +140,17 @@ def test_only_what_needs_nothing_else(name: str, again: bool) -> None:
     """ReLU keeps a bit of each element, not the element; a sum is no pointwise code; noise would be drawn anew."""
     (_, down) = step(MODELS[name](), "operands", False)[1].linears
     assert down.saved_after == (0 if again else packed(TOKENS, HIDDEN))
+
+
+def test_products_that_checkpointing_keeps_are_started_from() -> None:
+    """Which is not to keep their operands, too."""
+    torch.manual_seed(0)
+    model = Selective()
+    kept, less = (step(model, choice, False)[1] for choice in ("none", "operands"))
+    assert kept.backward.count("quartet.quantize.default") == 0
+    assert kept.activations_after - less.activations_after == 3 * packed(TOKENS, DIM) + packed(TOKENS, HIDDEN)
+    assert less.backward.count("quartet.quantize.default") == 4 + 5
+    assert less.backward.count("quartet.matmul.default") == 2 * 5, "no product of the forward pass"
 
 
 def test_a_graph_input_is_not_kept_for_it() -> None:

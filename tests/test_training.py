@@ -13,6 +13,8 @@ from support import capture, recorded_seeds
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+pytestmark = pytest.mark.usefixtures("device")
+
 ALL, FIRST = ("y", "dx", "dw"), ("y", "dw")
 """The products of a linear, and of one whose input takes no gradient."""
 
@@ -246,12 +248,12 @@ def test_functional_call_with_tensors_of_ones_own(make: Callable[[Tensor], Tenso
 
 
 @pytest.mark.feature("Ways to train", "GradScaler and gradient clipping")
-def test_scaled_losses_and_clipped_gradients() -> None:
+def test_scaled_losses_and_clipped_gradients(device: torch.device) -> None:
     model = mlp()
     compiled, backend = capture(model)
-    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=1024.0), torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler, optimizer = torch.amp.GradScaler(device.type, init_scale=1024.0), torch.optim.SGD(model.parameters(), lr=0.1)
     before = [p.detach().clone() for p in model.parameters()]
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(device.type, torch.float16):
         loss = compiled(torch.randn(8, 64)).square().mean()
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
