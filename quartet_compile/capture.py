@@ -10,6 +10,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from quartet_compile.backend import Decompositions, active_scope, only_in_scope, parameter_names
 from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
 from quartet_compile.kernels.grouped_ops import padded_rows
+from quartet_compile.names import Entered, parameter_paths
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.locate import ROOT_NAME
@@ -91,9 +93,8 @@ class GraphCapture:
         self.options = options
         self.graphs: list[GraphReport] = []
         self.results: list[Result] = []
-        self.entered: Any = WeakTensorKeyDictionary()
-        """The parameters that a graph was called with, and their names in it. One graph serves all modules of the same code, and behind a
-        graph break names begin at another module."""
+        self.entered: list[Entered] = []
+        """For each graph, the parameters that it was called with."""
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         parameters = parameter_names(gm, example_inputs)
@@ -115,13 +116,18 @@ class GraphCapture:
             self.add(result, (0, 0), (0, 0), graph, None)
             return _boxed(graph, inputs)
 
+        first = len(self.graphs)
         compiled = aot_autograd(
             fw_compiler=_boxed, bw_compiler=_boxed, inference_compiler=inference, partition_fn=partition, decompositions=Decompositions()
         )(gm, example_inputs)
 
+        entered = self.entered[first:]
+
         @functools.wraps(compiled)
         def called(*args: Any) -> Any:
-            self.entered.update((args[index], name) for index, name in parameters.items())
+            for graph in entered:
+                for index, name in parameters.items():
+                    graph.add(args[index], name)
             return compiled(*args)
 
         return only_in_scope(called, active_scope())
@@ -131,25 +137,37 @@ class GraphCapture:
     ) -> None:
         self.results.append(result)
         linears = _linears(result)
+        self.entered.append(Entered())
         self.graphs.append(GraphReport(linears, before[0], after[0], before[1], after[1], _source(forward), _source(backward)))
 
     def report(self, model: Any) -> Report:
         globs = [set(r.unmatched) for r in self.results]
         unmatched = set.intersection(*globs) if globs else set()
+        paths = parameter_paths(model)
+        graphs = []
+        for graph, entered in zip(self.graphs, self.entered, strict=True):
+            graphs.append(replace(graph, linears=tuple(entered.in_model(linear, paths) for linear in graph.linears)))
+        return Report(tuple(graphs), tuple(self._not_captured(model)), tuple(sorted(unmatched)))
+
+    def _not_captured(self, model: Any) -> Iterator[str]:
+        """Names of the weights that entered no graph, or of linears of which none was found in the graphs that they entered."""
         seen = {linear.name for graph in self.graphs for linear in graph.linears}
-        seen_or_entered = seen.union(self.entered.values())
-        names: dict[nn.Module | nn.Parameter, list[str]] = {}
+        entered: Any = WeakTensorKeyDictionary()
+        for graph in self.entered:
+            for parameter, names in graph.names.items():
+                entered.setdefault(parameter, set()).update(names)
+        seen_or_entered = seen.union(*entered.values())
+        found: dict[nn.Module | nn.Parameter, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False) if isinstance(model, nn.Module) else ():
             if isinstance(module, nn.Linear):
-                there = self.entered.get(module.weight)
-                if there is None or (there.removesuffix("weight").rstrip(".") or ROOT_NAME) not in seen:
-                    names.setdefault(module, []).append(path or ROOT_NAME)
+                there = entered.get(module.weight, ())
+                if not any((name.removesuffix("weight").rstrip(".") or ROOT_NAME) in seen for name in there):
+                    found.setdefault(module, []).append(path or ROOT_NAME)
             elif not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
                 for name, parameter in module.named_parameters(path, recurse=False):
-                    if parameter.dim() >= 2 and parameter not in self.entered:
-                        names.setdefault(parameter, []).append(name)
-        missing = tuple(own[0] for own in names.values() if not seen_or_entered.intersection(own))
-        return Report(tuple(self.graphs), missing, tuple(sorted(unmatched)))
+                    if parameter.dim() >= 2 and parameter not in entered:
+                        found.setdefault(parameter, []).append(name)
+        return (own[0] for own in found.values() if not seen_or_entered.intersection(own))
 
 
 def _copy(gm: GraphModule) -> GraphModule:

@@ -15,11 +15,12 @@ from quartet_compile.passes.place import LeftBecause
 class LinearReport:
     """One linear.
 
-    shape: (T, I, O): tokens, in and out features; tokens of this example if dynamic, 0 if they depend on data. recipe: by name, "bf16" if
-    left alone. decided_by: which rule chose it. products: those that were rewritten, of "y", "dx", "dw". reason, left_because: why it was
-    left alone, and which class of reason that is. saved_before, saved_after: bytes kept for the backward pass for its input, 0 where
-    another linear already keeps the same input; checkpointing is not counted here, only in the totals. weight_bytes: the packed weight
-    that is kept on top of the parameter.
+    name: in the model, or in the graph if no model is known. also: others that the same graph serves, such as the same linear of other
+    layers, where blocks are compiled one by one or a graph break lies before them. shape: (T, I, O): tokens, in and out features; tokens
+    of this example if dynamic, 0 if they depend on data. recipe: by name, "bf16" if left alone. decided_by: which rule chose it. products:
+    those that were rewritten, of "y", "dx", "dw". reason, left_because: why it was left alone, and which class of reason that is.
+    saved_before, saved_after: bytes kept for the backward pass for its input, 0 where another linear already keeps the same input;
+    checkpointing is not counted here, only in the totals. weight_bytes: the packed weight that is kept on top of the parameter.
     """
 
     name: str
@@ -33,6 +34,12 @@ class LinearReport:
     saved_before: int = 0
     saved_after: int = 0
     weight_bytes: int = 0
+    also: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all linears that this one stands for."""
+        return self.name, *self.also
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,11 @@ class Report:
     def linears(self) -> tuple[LinearReport, ...]:
         """The linears of all graphs, in order."""
         return tuple(linear for graph in self.graphs for linear in graph.linears)
+
+    @property
+    def rewritten(self) -> tuple[LinearReport, ...]:
+        """Those of which a product was rewritten."""
+        return tuple(linear for linear in self.linears if linear.products)
 
     @property
     def saved_bytes_before(self) -> int:
@@ -109,8 +121,8 @@ class Report:
         return written
 
     def __str__(self) -> str:
-        rewritten = [linear for linear in self.linears if linear.products]
-        lines = [f"quartet: {len(rewritten)} of {len(self.linears)} linears in NVFP4, {len(self.graphs)} graph(s)", ""]
+        rewritten, found = (sum(len(linear.names) for linear in some) for some in (self.rewritten, self.linears))
+        lines = [f"quartet: {rewritten} of {found} linears in NVFP4, {len(self.graphs)} graph(s)", ""]
         header = ("linear", "source", "T x I -> O", "recipe", "decided by", "rewritten", "input saved")
         lines += _table([header, *(_row(linear) for linear in self.linears)])
         for linear in self.linears:
@@ -133,7 +145,8 @@ def _row(linear: LinearReport) -> tuple[str, ...]:
         saved = f"{_bytes(linear.saved_before)} -> {_bytes(linear.saved_after)}"
     elif "dw" in linear.products:
         saved = "shared"
-    return linear.name, linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
+    name = f"{linear.name} (and {len(linear.also)} more)" if linear.also else linear.name
+    return name, linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
 
 
 def _bytes(n: int) -> str:

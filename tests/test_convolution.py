@@ -27,7 +27,8 @@ def matrix(image: Tensor) -> Any:
 @pytest.mark.feature("Ways to write a linear", "convolution with a kernel of one element")
 @pytest.mark.parametrize(("kind", "sizes"), CASES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_step_equals_the_independent_recipe(kind: Any, sizes: tuple[int, ...], bias: bool) -> None:
+def test_a_step_equals_the_independent_recipe(kind: Any, sizes: tuple[int, ...], bias: bool, device: torch.device) -> None:
+    flips = 0 if device.type == "cpu" else 1
     model, x = kind(70, 66, 1, bias=bias), torch.randn(4, 70, *sizes, requires_grad=True)
     y, e, seeds, report = train_step(model, x)
     (linear,) = report.linears
@@ -37,8 +38,9 @@ def test_a_step_equals_the_independent_recipe(kind: Any, sizes: tuple[int, ...],
     shift = float64(model.bias) if bias else 0
     assert y.shape == model(x).shape
     assert relative_error(matrix(y), independent.linear(matrix(x), w) + shift) < 1e-6
-    assert relative_error(matrix(x.grad), independent.dgrad(matrix(e), w, seeds.plain[0])) < 1e-6
-    assert relative_error(model.weight.grad.flatten(1), independent.wgrad(matrix(e), matrix(x), seeds.transposed[0])) < 1e-6
+    assert relative_error(matrix(x.grad), independent.dgrad(matrix(e), w, seeds.plain[0]), flips=flips) < 1e-6
+    dw = independent.wgrad(matrix(e), matrix(x), seeds.transposed[0])
+    assert relative_error(model.weight.grad.flatten(1), dw, flips=flips) < 1e-6
     if bias:
         assert relative_error(model.bias.grad, matrix(e).sum(0)) < 1e-6
 
@@ -57,11 +59,11 @@ def test_what_is_excluded_stays_a_convolution() -> None:
     compiled(torch.randn(2, 64, 8, 8)).sum().backward()
     (graph,) = backend.graphs
     assert "aten.convolution.default" in graph.forward
-    assert "aten.convolution_backward.default" in graph.backward
-    assert "[False, True, True]" in graph.backward
+    assert graph.backward.count("aten.convolution_backward.default") == 1
+    assert "quartet" not in graph.forward + graph.backward
 
 
-def test_between_other_convolutions() -> None:
+def test_between_other_convolutions(device: torch.device) -> None:
     """A bottleneck: the middle one is left as it is, the others are linears; one wraps the weights of several pixels."""
     model = nn.Sequential(nn.Conv2d(64, 128, 1), nn.ReLU(), nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, 64, 1))
     compiled, backend = capture(model)
@@ -70,9 +72,13 @@ def test_between_other_convolutions() -> None:
     assert [(linear.name, linear.products) for linear in backend.report(model).linears] == [("0", ("y", "dw")), ("4", ("y", "dx", "dw"))]
     assert (len(seeds.plain), len(seeds.transposed)) == (1, 2)
     backward = backend.graphs[0].backward
-    assert backward.count("aten.convolution_backward") == 3
-    assert backward.count("[True, True, True]") == 1
-    assert backward.count("[False, False, True]") == 2, "only the bias is left of those that are rewritten"
+    if device.type == "cpu":
+        assert backward.count("aten.convolution_backward") == 3
+        assert backward.count("[True, True, True]") == 1
+        assert backward.count("[False, False, True]") == 2, "only the bias is left of those that are rewritten"
+    else:  # there torch sums the gradient of a bias by itself
+        assert backward.count("aten.convolution_backward") == 1
+        assert backward.count("[True, True, False]") == 1
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import quartet_compile as quartet
+from quartet_compile.capture import GraphCapture
+from quartet_compile.options import Options
 
 
 class Attention(nn.Module):
@@ -185,3 +187,51 @@ def test_parameters_that_no_graph_contains_are_named() -> None:
     report = quartet.explain(model, torch.randn(8, 64))
     assert [linear.products for linear in report.linears] == [("y", "dx", "dw")], "one graph for both blocks"
     assert report.not_captured == ("blocks.0.experts", "blocks.1.experts")
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return torch.relu(self.up(x))
+
+
+class Breaking(nn.Module):
+    """Layers with a graph break each, and linears between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer() for _ in range(3)])
+        self.first, self.last = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.tied = nn.Linear(64, 64)
+        self.tied.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers[1](self.layers[0](self.first(x)))
+        return self.tied(self.layers[2](self.last(x)))
+
+
+def test_names_behind_graph_breaks_are_those_of_the_model() -> None:
+    report = quartet.explain(Breaking(), torch.randn(8, 64))
+    assert len(report.graphs) > 2
+    names = [name for linear in report.linears for name in linear.names]
+    # of the tied weight's two linears the second lies behind a break
+    assert sorted(names) == ["first", "first", "last", "layers.0.up", "layers.1.up", "layers.2.up"]
+    assert report.not_captured == ()
+
+
+def test_one_line_for_a_graph_that_serves_several_modules() -> None:
+    model, x = nn.Sequential(*(Layer() for _ in range(3))), torch.randn(8, 64, requires_grad=True)
+    backend = GraphCapture(Options())
+    for block in model:
+        block.compile(backend=backend)
+    model(x)
+    report = backend.report(model)
+    (linear,) = report.linears
+    assert (linear.name, linear.also) == ("0.up", ("1.up", "2.up"))
+    assert "quartet: 3 of 3 linears" in str(report)
+    assert "0.up (and 2 more)" in str(report)
+    assert report.not_captured == ()
