@@ -14,6 +14,7 @@ and its columns
     held GiB    what the forward pass leaves for the backward pass, on one GPU
     peak GiB    most memory at once in a step on one GPU; parameters and optimizer states are in it
     step ms     median; the rows are measured one after the other, the first one once more at the end
+    host ms     of it, until the host has queued all of the step's work: where this is nearly all, the GPU waits for the host
     speed       step time of BF16 with the same checkpointing and resharding / that of the row
 """
 
@@ -87,7 +88,7 @@ def measure(way: Way, preset: llama_fsdp.Preset, sequences: int, steps: int) -> 
     model = llama_fsdp.sharded(preset.model, Namespace(seed=0, checkpoint=way.checkpoint, reshard=way.reshard), **way.compile_arguments)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens, targets = torch.randint(preset.model.vocab, (2, sequences, preset.model.context), device=device)
-    seconds, held = [], 0
+    seconds, host, held = [], [], 0
     for step in range(UNTIMED_STEPS + steps):
         if step == UNTIMED_STEPS and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -99,12 +100,14 @@ def measure(way: Way, preset: llama_fsdp.Preset, sequences: int, steps: int) -> 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        host.append(time.perf_counter() - start)
         synchronize()
         seconds.append(time.perf_counter() - start)
     assert loss.isfinite()
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     most = [over_ranks(value, dist.ReduceOp.MAX) or None for value in (held, peak)]
-    return {**asdict(way), "seconds": median(seconds[UNTIMED_STEPS:]), "held_bytes": most[0], "peak_bytes": most[1]}
+    times = {"seconds": median(seconds[UNTIMED_STEPS:]), "host_seconds": median(host[UNTIMED_STEPS:])}
+    return {**asdict(way), **times, "held_bytes": most[0], "peak_bytes": most[1]}
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,7 +126,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
     return [
         row["backend"], row["again"], row["checkpoint"], "yes" if row["reshard"] else "no", *memory("held"), *memory("peak"),
-        f"{row['seconds'] * 1e3:.1f}", f"{row['speed']:.3f}",
+        f"{row['seconds'] * 1e3:.1f}", f"{row['host_seconds'] * 1e3:.1f}", f"{row['speed']:.3f}",
     ]  # fmt: skip
 
 
@@ -146,7 +149,7 @@ def main() -> int:
         print(", ".join(f"{key} {value}" for key, value in environment(device).items()), f"processes {dist.get_world_size()}", sep=", ")
         rows = with_ratios(rows)
         write_json(arguments.json, device, rows)
-        header = ("backend", "again", "checkpoint", "reshard", "held GiB", "ratio", "peak GiB", "ratio", "step ms", "speed")
+        header = ("backend", "again", "checkpoint", "reshard", "held GiB", "ratio", "peak GiB", "ratio", "step ms", "host ms", "speed")
         print(table(header, [cells(row) for row in rows], left=4))
     dist.destroy_process_group()
     return 0
