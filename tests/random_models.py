@@ -39,8 +39,11 @@ class Model(nn.Module):
 
     def _linear(self, step: Linear, features: int, used: bool = True) -> tuple[Any, ...]:
         shape = (features, step.out) if FORMS[step.form].turned else (step.out, features)
+        computed = step.made in ("normed", "merged")
+        if step.made in ("first", "second"):
+            shape = shape[0] * 2, shape[1]
         same = [i for i, w in enumerate(self.weights) if tuple(w.shape) == shape]
-        parts = [same[0] if step.tied and step.made == "plain" and same else self._parameter(*shape, frozen=step.frozen)]
+        parts = [same[0] if step.tied and same and not computed else self._parameter(*shape, frozen=step.frozen)]
         if step.made == "normed":
             parts.append(self._parameter(shape[0], 1))
         elif step.made == "merged":
@@ -50,7 +53,7 @@ class Model(nn.Module):
             self.excluded[f"weights.{parts[0]}"] = None
         if used:
             self.used.update(parts)
-        name = f"weights.{parts[0]}" if step.made == "plain" else "(root)"
+        name = "(root)" if computed else f"weights.{parts[0]}"
         return "linear", name, step.form, tuple(parts), step.made, self._parameter(step.out) if step.bias else None
 
     def _build(self, steps: tuple[Any, ...], features: int, recipe: str = "") -> tuple[list[tuple[Any, ...]], int]:
@@ -124,11 +127,13 @@ class Model(nn.Module):
     def _multiply(self, step: tuple[Any, ...], x: Tensor, ways: AsWritten) -> Tensor:
         _, name, form, parts, made, bias = step
         w = self.weights[parts[0]]
-        if made == "normed":
+        if made in ("first", "second"):
+            w = w.chunk(2)[made == "second"]
+        elif made == "normed":
             w = w * (self.weights[parts[1]] / (w * w).sum(1, keepdim=True).sqrt())
         elif made == "merged":
             w = w + ways.merged(name, self.weights[parts[1]], self.weights[parts[2]])
-        return ways.linear(name, form, x, w, None if bias is None else self.weights[bias], made != "plain")
+        return ways.linear(name, form, x, w, None if bias is None else self.weights[bias], made in ("normed", "merged"))
 
     def _step(self, step: tuple[Any, ...], x: Tensor, start: Tensor, ways: AsWritten) -> Tensor:
         kind, *rest = step

@@ -14,8 +14,9 @@ from linear_forms import FORMS
 class Linear:
     """One linear.
 
-    made: its weight is "plain", "normed" (weight norm) or "merged" (frozen, plus the product of an adapter). tied: a plain weight is that
-    of an earlier one, if one has its shape. frozen: no gradient for its weight. excluded: its plain weight is named by an option.
+    made: its weight is "plain", the "first" or "second" half of a parameter, "normed" (weight norm) or "merged" (frozen, plus the product
+    of an adapter). tied: its parameter is an earlier one, if one has its shape and the weight is not computed. frozen: no gradient for its
+    weight. excluded: an option names its parameter, likewise.
     """
 
     form: str
@@ -91,17 +92,18 @@ WIDTHS = st.sampled_from([64, 80, 128, 70, 135, 24])
 FLAGS = st.sampled_from([False, False, True])
 LINEARS = st.builds(
     Linear, st.sampled_from(list(FORMS)), WIDTHS, st.booleans(), st.sampled_from(["plain", "plain", "plain", "normed", "merged"]), FLAGS,
-    FLAGS, st.sampled_from([False] * 7 + [True]),
+    FLAGS, st.sampled_from([False, False, False, True]),
 )  # fmt: skip
 PAIRS = st.sampled_from(["sum", "where", "first", "second", "teacher"])
 STEPS = st.one_of(
     LINEARS,
     st.builds(lambda how, a, b: Pair(how, a, replace(b, out=a.out)), PAIRS, LINEARS, LINEARS),
+    st.builds(lambda how, a: Pair(how, replace(a, made="first"), replace(a, made="second", tied=True)), PAIRS, LINEARS),
     st.builds(Twice, LINEARS),
     st.builds(Mixer, LINEARS),
     st.builds(lambda base, rank: Adapter(replace(base, frozen=True), rank), LINEARS, st.sampled_from([8, 64])),
     st.builds(Experts, st.sampled_from([1, 2, 3]), WIDTHS),
-    st.builds(Groups, st.lists(st.integers(0, 2), min_size=1, max_size=4).map(tuple), st.integers(0, 1), WIDTHS, st.booleans(), FLAGS),
+    st.builds(Groups, st.lists(st.integers(0, 2), min_size=2, max_size=4).map(tuple), st.integers(0, 1), WIDTHS, st.booleans(), FLAGS),
     st.sampled_from(["relu", "gate", "residual", "attention", "tokens apart", "channels first"]),
 )
 REGION_KINDS = st.sampled_from(["checkpoint", "checkpoint", "bf16", "quartet2"])
