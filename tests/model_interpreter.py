@@ -129,12 +129,11 @@ class Seen(NamedTuple):
 class Interpreter(AsWritten):
     """Runs a model by the recipe and notes every linear in `seen`.
 
-    dynamic: sizes of the input are. everything: the option include=["*"]. excluded: the names that the option exclude has. min_features:
-    the option.
+    everything: the option include=["*"]. excluded: the names that the option exclude has. min_features: the option.
     """
 
-    def __init__(self, dynamic: bool, everything: bool, excluded: tuple[str, ...], min_features: int) -> None:
-        self.dynamic, self.everything, self.excluded, self.min_features = dynamic, everything, excluded, min_features
+    def __init__(self, everything: bool, excluded: tuple[str, ...], min_features: int) -> None:
+        self.everything, self.excluded, self.min_features = everything, excluded, min_features
         self.seen: list[Seen] = []
         self.recipes: list[str] = []
 
@@ -161,10 +160,9 @@ class Interpreter(AsWritten):
     def linear(self, name: str, form: str, x: Tensor, w: Tensor, bias: Tensor | None, computed: bool) -> Tensor:
         how, dtype = FORMS[form], _compute_dtype(x)
         several = how.expanded and x.shape[0] > 1
-        copied = several and w.dtype != dtype  # a copy for each of the batch is cast
-        if copied and not self.dynamic:
+        if several and w.dtype != dtype:  # a copy for each of the batch is cast
             return plus(self.experts(name, x, w.expand(x.shape[0], *w.shape), computed), bias)
-        unsupported = (how.scaled and bias is not None) or copied or (several and w.requires_grad and torch.is_grad_enabled())
+        unsupported = (how.scaled and bias is not None) or (several and w.requires_grad and torch.is_grad_enabled())
         shape = x[..., 0].numel(), x.shape[-1], w.shape[1 if how.turned else 0]
         if self.left(name, x, w, shape, computed, unsupported):
             return how.call(x, w, bias)

@@ -139,6 +139,11 @@ class Case:
         return PRECISIONS[self.precision][0]
 
     @property
+    def dynamic_sizes(self) -> bool:
+        """Not where autocast copies an expanded weight: it depends on all other steps whether torch leaves the number of copies dynamic."""
+        return self.dynamic and not (self.autocast and "bmm, expanded" in repr(self.steps))
+
+    @property
     def autocast(self) -> torch.dtype | None:
         return PRECISIONS[self.precision][1]
 

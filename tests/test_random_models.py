@@ -64,8 +64,8 @@ def check(case: Case) -> None:
     x = torch.randn(case.batch, case.tokens, case.features).to(case.dtype)
     everything, excluded = ["*"] if case.everything else [], list(model.excluded)
     backend = capture(model, include=everything, exclude=excluded, min_features=case.min_features, recompute=case.recompute)[1]
-    compiled = torch.compile(model, backend=backend, dynamic=case.dynamic or None)
-    interpreter = Interpreter(case.dynamic, case.everything, tuple(excluded), case.min_features)
+    compiled = torch.compile(model, backend=backend, dynamic=case.dynamic_sizes or None)
+    interpreter = Interpreter(case.everything, tuple(excluded), case.min_features)
     # A graph of dynamic shapes has its backward pass compiled before torch knows that it will run twice.
     with one_seed(), torch._functorch.config.patch(donated_buffer=not case.losses_apart):
         expected, expected_gradients = step(model, x, model, interpreter)
