@@ -81,10 +81,9 @@ class GroupedWriter:
             x = self.writer.quantized_as(site.x, product.left, like, f"{name}_x", lambda: self.padded(site, site.x, like))
             w = self.writer.quantized_as(site.w, product.right, like, f"{name}_w", lambda: self.weights(site))
             y = self.writer.call(quartet.grouped_matmul.default, (*x, *w, ends, False, product.scale), like, f"{name}_y_padded")
-            y = self.writer.call(quartet.take_rows.default, (y, places), like, f"{name}_y")
             if outs % ROTATION:
                 y = self.writer.call(aten.slice.Tensor, (y, 1, 0, outs), like, f"{name}_y_own")
-            return y, x, w
+            return self.writer.call(quartet.take_rows.default, (y, places), like, f"{name}_y"), x, w
 
     def gradient(
         self, site: Site, gradient: Gradient, product: Product, index: int, seeds: Node, other: PackedNodes, name: str

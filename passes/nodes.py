@@ -12,9 +12,12 @@ COPIED_META = ("nn_module_stack", "fwd_nn_module_stack", "stack_trace", "seq_nr"
 """What a new node inherits from the one that it replaces; the last two keep activation checkpointing working."""
 
 
-def add_call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, name: str, tag: str | None = None) -> Node:
-    """A node that computes ``target(*args)`` at the graph's insertion point, with the metadata of `like`. tag: its partitioner tag."""
-    node = graph.create_node("call_function", target, args, name=name)
+def add_call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, name: str, tag: str | None = None, **kwargs: Any) -> Node:
+    """A node that computes ``target(*args, **kwargs)`` at the graph's insertion point, with the metadata of `like`.
+
+    tag: its partitioner tag. kwargs: hold no nodes.
+    """
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
     node.meta.update({key: like.meta[key] for key in COPIED_META if key in like.meta})
     tag = tag or like.meta.get("partitioner_tag")
     if tag is not None:
@@ -25,5 +28,5 @@ def add_call(graph: Graph, target: Any, args: tuple[Any, ...], like: Node, name:
     else:
         example: Any = next(v for v in torch.utils._pytree.tree_leaves(like.meta["val"]) if isinstance(v, torch.Tensor))
         with example.fake_mode:
-            node.meta["val"] = target(*values)
+            node.meta["val"] = target(*values, **kwargs)
     return node

@@ -104,8 +104,8 @@ class Writer:
 
     # -- single nodes
 
-    def call(self, target: Any, args: tuple[Any, ...], like: Node, name: str, tag: str | None = None) -> Node:
-        node = add_call(self.graph, target, args, like, name, tag)
+    def call(self, target: Any, args: tuple[Any, ...], like: Node, name: str, tag: str | None = None, **kwargs: Any) -> Node:
+        node = add_call(self.graph, target, args, like, name, tag, **kwargs)
         self.added.append(node)
         return node
 
@@ -150,14 +150,18 @@ class Writer:
             return matrices[0] if len(matrices) == 1 else self.call(aten.cat.default, (matrices,), product, f"{product.name}_all")
 
     def image(self, product: Node, pixels: Node) -> Node:
-        """[pixels, channels] in the shape of a convolution's result, or of a gradient of it."""
+        """[pixels, channels] in the shape of a convolution's result, or of a gradient of it, and in its order in memory: views follow."""
         count, channels, *sizes = product.meta["val"].shape
         (like, *_) = product.all_input_nodes
         like = like.all_input_nodes[0] if like.target is aten.convolution_backward.default else like  # its pixels are as many, if dynamic
         shape = [n if isinstance(n, int) else self.size(like, d) for n, d in ((count, 0), *((n, 2 + i) for i, n in enumerate(sizes)))]
         last = self.call(aten.view.default, (pixels, [*shape, channels]), product, f"{product.name}_channels_last")
         order = [0, len(shape), *range(1, len(shape))]
-        return self.call(aten.permute.default, (last, order), product, f"{product.name}_image")
+        image = self.call(aten.permute.default, (last, order), product, f"{product.name}_image")
+        if not product.meta["val"].is_contiguous():
+            return image
+        name = f"{product.name}_channels_first"
+        return self.call(aten.clone.default, (image,), product, name, memory_format=torch.contiguous_format)
 
     def size(self, of: Node, dimension: int) -> Node | int:
         """A size, as a node where it is symbolic."""

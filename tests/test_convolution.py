@@ -7,7 +7,7 @@ from typing import Any
 import float64_recipe as independent
 import pytest
 import torch
-from support import capture, float64, recorded_seeds, relative_error, train_step
+from support import capture, float64, one_seed, recorded_seeds, relative_error, train_step
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -52,6 +52,33 @@ def test_channels_last_and_a_frozen_weight() -> None:
     assert report.linears[0].products == ("y", "dx")
     w = float64(model.weight.flatten(1))
     assert relative_error(matrix(x.grad), independent.dgrad(matrix(e), w, seeds.plain[0])) < 1e-6
+
+
+def test_views_behind_it_find_the_order_in_memory_that_they_were_traced_with() -> None:
+    """Forward and backward: the product has channels last, an image has them first."""
+
+    class Model(nn.Module):
+        def __init__(self, flat: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.convolution, self.flat = nn.Linear(80, 70, bias=False), nn.Conv1d(64, 96, 1), flat
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.convolution(self.linear(x))
+            return y.view(2, -1) if self.flat else y
+
+    x, results = torch.randn(2, 64, 80), []
+    for flat in (True, False):
+        model = Model(flat)
+        compiled, backend = capture(model)
+        with one_seed():
+            y = compiled(x)
+            y.square().sum().backward()
+        assert [linear.products for linear in backend.report(model).linears] == [("y", "dw"), ("y", "dx", "dw")]
+        assert y.stride() == model(x).stride()
+        results.append([y.detach().flatten(), *(p.grad for p in model.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_what_is_excluded_stays_a_convolution() -> None:

@@ -239,6 +239,18 @@ def test_the_packed_weights_are_those_of_all_groups_together() -> None:
         assert relative_error(ours[g], w[g]) < 0.11, g
 
 
+def test_views_behind_it_find_the_order_in_memory_that_they_were_traced_with() -> None:
+    """Features are padded inside; the result is not a part of something wider."""
+    model, x, ends = OneProduct(64, 40), torch.randn(TOKENS, 64).bfloat16(), int32([100, 100, 228, 300])
+    plain, _ = capture(model, min_features=1)
+    flat, _ = capture(lambda x, ends: model(x, ends).view(2, -1), min_features=1)
+    y = flat(x, ends)
+    assert y.stride() == (TOKENS * 20, 1)
+    assert torch.equal(y.view(TOKENS, 40), plain(x, ends))
+    y.sum().backward()
+    assert model.w.grad is not None
+
+
 def test_no_token_at_all() -> None:
     model = OneProduct(64, 128)
     ((y, dx, dw),) = steps(model, torch.randn(0, 64).bfloat16(), [0, 0, 0, 0], torch.randn(0, 128).bfloat16())
