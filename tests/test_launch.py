@@ -32,14 +32,14 @@ def argument_kernel(x):
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What binaries are run with, on a GPU that is not there: (binary, grid, arguments)."""
+    """What binaries are run with, on a GPU that is not there: (binary, grid, arguments, what hooks are told and the hooks)."""
     from triton.compiler import CompiledKernel
 
-    seen: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
+    seen: list[tuple[Any, tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]] = []
 
     def load(binary: Any) -> None:
         binary.module = binary.function = 0
-        binary._run = lambda *a: seen.append((binary, a[:3], a[9:]))
+        binary._run = lambda *a: seen.append((binary, a[:3], a[9:], a[6:9]))
 
     monkeypatch.setattr(CompiledKernel, "_init_handles", load)
     monkeypatch.setattr(launch, "_compiled", {})
@@ -61,10 +61,23 @@ def test_later_launches_run_the_same_binary_with_the_same_arguments(launches: An
         launch.launch(scaled_kernel, 2, x, out, 2.5, 100, ADD=3, BLOCK=64, num_warps=2)
         monkeypatch.setattr(type(scaled_kernel), "run", None)  # Triton's own way is needed once
     assert len(launches) == 3
-    for binary, grid, arguments in launches:
+    for binary, grid, arguments, _ in launches:
         assert binary is launches[0][0]
         assert grid == (2, 1, 1)
         assert same(arguments, (x, out, 2.5, 100, 64, 3))
+
+
+def test_hooks_of_a_profiler_are_told(launches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, x = triton.knobs.runtime, torch.zeros(100)
+    run(x, 100)
+    run(x, 100)
+    monkeypatch.setattr(runtime.launch_enter_hook, "calls", [print])
+    run(x, 100)
+    assert launches[1][3] == (None, None, None)
+    told, *hooks = launches[2][3]
+    assert told.get()["name"] == "scaled_kernel"
+    assert hooks == [runtime.launch_enter_hook, runtime.launch_exit_hook]
+    assert same(launches[1][2][2:], launches[2][2][2:])
 
 
 def test_what_a_binary_is_made_for_tells_launches_apart(launches: Any) -> None:
@@ -76,7 +89,7 @@ def test_what_a_binary_is_made_for_tells_launches_apart(launches: Any) -> None:
     run(x, 65)
     run(x[1:], 64)
     run(x.double(), 64)
-    assert len({id(binary) for binary, _, _ in launches}) == 7
+    assert len({id(binary) for binary, *_ in launches}) == 7
     run(x, 128)
     assert launches[-1][0] is launches[0][0]
     assert launches[-1][2][3] == 128

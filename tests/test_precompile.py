@@ -49,8 +49,8 @@ def test_a_rehearsal_notes_the_launches_of_an_operator() -> None:
 def test_other_threads_launch_during_a_rehearsal() -> None:
     launched: list[int] = []
     with launch.rehearsal() as noted:
-        launch.launch(Calls(lambda: launched.append(0)), 1)
-        thread = threading.Thread(target=launch.launch, args=(Calls(lambda: launched.append(1)), 1))
+        launch.launch(Calls(lambda x: launched.append(0)), 1, torch.zeros(1))
+        thread = threading.Thread(target=launch.launch, args=(Calls(lambda x: launched.append(1)), 1, torch.zeros(1)))
         thread.start()
         thread.join()
     assert launched == [1]
@@ -167,7 +167,7 @@ def test_a_failure_leaves_the_kernel_to_its_first_launch(caplog: pytest.LogCaptu
     launch.pending.append(future)
     calls: list[Any] = []
     with caplog.at_level("DEBUG", "quartet_compile"):
-        launch.launch(Calls(lambda *args, **options: calls.append((args, options))), 3, "x", BLOCK=1)
-    assert calls == [(("x",), {"BLOCK": 1})]
+        launch.launch(Calls(lambda *args, **options: calls.append((args, options))), 3, x := torch.zeros(1), BLOCK=1)
+    assert calls == [((x,), {"BLOCK": 1})]
     assert "no such GPU" in caplog.text
     assert not launch.pending

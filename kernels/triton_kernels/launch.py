@@ -70,7 +70,8 @@ def target_of(x: Tensor) -> Target:
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
     """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda and _rehearsed.get() is None else nullcontext()
+    elsewhere = x.is_cuda and _rehearsed.get() is None and torch.cuda.current_device() != x.get_device()
+    return torch.cuda.device(x.device) if elsewhere else nullcontext()
 
 
 def empty_packed(like: Tensor, rows: int, columns: int, with_codes: bool = True) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,32 +125,42 @@ def rehearsal() -> Iterator[list[Launch]]:
         _rehearsed.reset(token)
 
 
-
-_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-"""Binaries that were launched, and the constants that they take behind the arguments."""
+_compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...], Any]] = {}
+"""Binaries that were launched, the constants that they take behind the arguments, and the kernels, of which a key has the address."""
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-    """``kernel[(programs,)](*arguments, **options)``, at half the time on the host from the second such launch on.
+    """``kernel[(programs,)](*arguments, **options)``, at a part of the time on the host from the second such launch on.
 
-    Triton compares all constants that a kernel refers to before each launch of it; ours cannot change. What else it looks at to find the
-    binary is in `kind_of`.
+    The first argument is a tensor, on the current device. Triton compares all constants that a kernel refers to before each launch of it;
+    ours cannot change. What else it looks at to find the binary is in `kind_of`.
     """
     noted = _rehearsed.get()
     if noted is not None:
         noted.append((kernel, arguments, options))
         return
-    key = (kernel, *map(kind_of, arguments), *options.items())
+    device = arguments[0].get_device()
+    key = (id(kernel), device, *map(kind_of, arguments), *options.items())
     known = _compiled.get(key)
     if known is not None:
-        binary, constants = known
-        binary[programs, 1, 1](*arguments, *constants)
+        binary, constants, _ = known
+        _run(binary, device, programs, arguments + constants)
         return
     if pending:
         _wait()
     binary = kernel[(programs,)](*arguments, **options)
     if binary is not None:  # as from the interpreter
-        _compiled[key] = binary, tuple(options[name] for name in kernel.arg_names[len(arguments) :])
+        _compiled[key] = binary, tuple(options[name] for name in kernel.arg_names[len(arguments) :]), kernel
+
+
+def _run(binary: Any, device: int, programs: int, arguments: tuple[Any, ...]) -> None:
+    """``binary[(programs, 1, 1)](*arguments)``, without what Triton gathers for hooks where there are none."""
+    runtime = triton.knobs.runtime
+    if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        binary[programs, 1, 1](*arguments)
+    else:
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        binary.run(programs, 1, 1, stream, binary.function, binary.packed_metadata, None, None, None, *arguments)
 
 
 def forget_binaries() -> None:
@@ -158,12 +169,15 @@ def forget_binaries() -> None:
 
 
 def kind_of(argument: Any) -> Any:
-    """What a binary is specialized on, and the device that it is on: equal for two arguments only if they take the same binary."""
+    """What a binary is specialized on: equal for two arguments only if they take the same binary."""
     if isinstance(argument, Tensor):
-        return argument.get_device(), argument.dtype, argument.data_ptr() % 16 == 0
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, -(2**31) <= argument < 2**31, argument < 2**63
-    return type(argument)
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return _kind_of_int(argument) if type(argument) is int else type(argument)
+
+
+@functools.lru_cache(4096)
+def _kind_of_int(n: int) -> tuple[bool, ...]:
+    return n == 1, n % 16 == 0, -(2**31) <= n < 2**31, n < 2**63
 
 
 def _wait() -> None:
