@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from quartet_compile.passes.locate import Place
 from quartet_compile.passes.recipe import Recipe
@@ -26,13 +26,23 @@ ROUTER_NAMES = ("router",)
 LeftBecause = Literal["default", "user", "unsupported"]
 
 
+class Scope(NamedTuple):
+    """The recipes whose contexts eager code has entered around a compiled call: by a decorator or context, and by set_recipe."""
+
+    code: str | None = None
+    module: str | None = None
+
+
+NOTHING_SAID = Scope()
+
+
 @dataclass(frozen=True)
 class Policy:
     """What decides about recipes: everything that the options, the model and the surrounding code said.
 
     recipes: the tables by name. default: the recipe of a linear that no rule speaks of. include, exclude: globs over names; include
-    lifts the defaults, exclude wins over include. min_features: smaller linears are left alone. scope: a recipe whose context was
-    entered in eager code around the compiled call.
+    lifts the defaults, exclude wins over include. min_features: smaller linears are left alone. scope: what eager code
+    around the compiled call said.
     """
 
     recipes: Mapping[str, Recipe]
@@ -41,7 +51,7 @@ class Policy:
     exclude: tuple[str, ...] = ()
     min_features: int = 64
     strict: bool = False
-    scope: str | None = None
+    scope: Scope = NOTHING_SAID
 
 
 @dataclass(frozen=True)
@@ -109,10 +119,12 @@ def _requested(at: Place, policy: Policy) -> tuple[object, str]:
     """(recipe name, who asked for it), by the strongest rule that speaks of a place."""
     if SCOPE_KEY in at.annotation:
         return at.annotation[SCOPE_KEY], "decorator or context"
-    if policy.scope is not None:
-        return policy.scope, "context around the call"
+    if policy.scope.code is not None:
+        return policy.scope.code, "context around the call"
     if MODULE_KEY in at.annotation:
         return at.annotation[MODULE_KEY], "set_recipe"
+    if policy.scope.module is not None:
+        return policy.scope.module, "set_recipe"
     for glob in policy.exclude:
         if covers(glob, at.name):
             return "bf16", f"quartet.exclude {glob!r}"

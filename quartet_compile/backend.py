@@ -22,7 +22,7 @@ from quartet_compile.passes.locate import dotted
 from quartet_compile.passes.match import REWRITTEN
 from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
-from quartet_compile.passes.place import SCOPE_KEY
+from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, Scope
 from quartet_compile.passes.precompile import PrecompilePass
 
 log = logging.getLogger("quartet_compile")
@@ -53,7 +53,7 @@ def quartet(
 
 def inductor_patches(
     gm: GraphModule, example_inputs: Sequence[Any], ours: Options, inductor_options: Mapping[str, Any], mode: str | None,
-    scope: str | None, on_result: Callable[[Result], None] | None = None,
+    scope: Scope, on_result: Callable[[Result], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(mode or ours.mode, inductor_options)
@@ -125,12 +125,13 @@ def tell_if_emulated(device: torch.device) -> None:
 # ---------------------------------------------------------------- contexts around a compiled call
 
 
-def active_scope() -> str | None:
-    """The recipe of a `quartet.recipe` context that eager code has entered right now, or None."""
-    return (torch.fx.traceback.current_meta.get("custom") or {}).get(SCOPE_KEY)
+def active_scope() -> Scope:
+    """The recipes whose contexts eager code is in right now."""
+    custom = torch.fx.traceback.current_meta.get("custom") or {}
+    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY))
 
 
-def only_in_scope(compiled: Callable[..., Any], scope: str | None) -> Callable[..., Any]:
+def only_in_scope(compiled: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
     """`compiled`, refusing to run in another scope than the one it was compiled in.
 
     `quartet.recipe` makes Dynamo guard on its scopes, so that this does not happen; but where a decorated function breaks the graph in a
@@ -150,8 +151,9 @@ def only_in_scope(compiled: Callable[..., Any], scope: str | None) -> Callable[.
     return checked
 
 
-def _describe(scope: str | None) -> str:
-    return "no quartet.recipe context" if scope is None else f"quartet.recipe({scope!r})"
+def _describe(scope: Scope) -> str:
+    said = [f"quartet.{where}({name!r})" for where, name in (("recipe", scope.code), ("set_recipe", scope.module)) if name is not None]
+    return " and ".join(said) or "no quartet.recipe context"
 
 
 # What torch.compile and Dynamo look for on a backend.

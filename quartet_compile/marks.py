@@ -48,16 +48,16 @@ def recipe(name: str) -> Any:
 
 
 class _Scope:
-    """What `recipe` returns in eager code."""
+    """What `recipe` returns in eager code. key: of its annotation."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, key: str = SCOPE_KEY) -> None:
+        self.name, self.key = name, key
         self.entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
         stack = contextlib.ExitStack()
-        stack.enter_context(annotate({SCOPE_KEY: self.name}))
-        stack.enter_context(_guarded_mode(self.name)())
+        stack.enter_context(annotate({self.key: self.name}))
+        stack.enter_context(_guarded_mode(self.name, self.key)())
         self.entered.append(stack)
 
     def __exit__(self, *exception: Any) -> None:
@@ -90,7 +90,7 @@ class _Scope:
 
 
 @functools.cache
-def _guarded_mode(name: str) -> type[TorchFunctionMode]:
+def _guarded_mode(name: str, key: str) -> type[TorchFunctionMode]:
     """A mode that does nothing, one class a recipe. Dynamo guards on the classes of active modes, but not on annotations: with it, a
     compiled function that is called in another scope is compiled again."""
 
@@ -98,7 +98,7 @@ def _guarded_mode(name: str) -> type[TorchFunctionMode]:
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             return func(*args, **(kwargs or {}))
 
-    RecipeScope.__qualname__ = f"RecipeScope[{name}]"
+    RecipeScope.__qualname__ = f"RecipeScope[{key}, {name}]"
     return RecipeScope
 
 
@@ -147,8 +147,8 @@ _tokens = itertools.count()
 def _annotated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module with recipes set: the last one set counts. A forward of its own that it had before is called inside."""
     recipes: Any = self._quartet_recipes
-    with annotate({MODULE_KEY: recipes[-1][1]}):
-        own = self.__dict__.get("_quartet_own_forward")
+    name, own = recipes[-1][1], self.__dict__.get("_quartet_own_forward")
+    with annotate({MODULE_KEY: name}) if torch.compiler.is_compiling() else _Scope(name, MODULE_KEY):
         return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
 
 

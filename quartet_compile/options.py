@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from quartet_compile.passes.place import Policy, lookup
+from quartet_compile.passes.place import Policy, Scope, lookup
 from quartet_compile.passes.recompute import CHOICES
 from quartet_compile.recipes import RECIPES
 
@@ -35,7 +35,7 @@ class Options:
     recompute: str = "none"
     mode: str | None = None
 
-    def policy(self, scope: str | None) -> Policy:
+    def policy(self, scope: Scope) -> Policy:
         """The policy that these options stand for, under a recipe context that surrounds the compiled call, if any."""
         return Policy(RECIPES, self.recipe, self.include, self.exclude, self.min_features, self.strict, scope)
 

@@ -318,6 +318,36 @@ def test_blocks_of_one_class_compiled_one_by_one_keep_their_recipes() -> None:
         torch.testing.assert_close(model.layers[1](x), exact[1])
 
 
+class Breaking(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return torch.relu(self.q(x))
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_graph_break_keeps_what_was_set(one_by_one: bool) -> None:
+    """Then eager code enters the module, and the graphs behind the break serve all modules of the class."""
+    model, x = nn.Sequential(*(Breaking() for _ in range(4))), torch.randn(16, 64, requires_grad=True)
+    quartet.set_recipe(model, "bf16")
+    quartet.set_recipe(model, "quartet2", only=["1", "3"])
+    quartet.set_recipe(model, "bf16", only="3.q")
+    compiled, backend = capture(model)
+    if one_by_one:
+        model = nn.Sequential(*model)  # without what was set on the whole
+        compiled = model
+        for block in model:
+            block.compile(backend=backend)
+    for _ in range(2):
+        compiled(x)
+    found = {name: linear.recipe for linear in backend.report(model).linears for name in linear.names}
+    outer = "quartet2" if one_by_one else "bf16"
+    assert found == {"0.q": outer, "1.q": "quartet2", "2.q": outer, "3.q": "bf16"}
+
+
 # ---------------------------------------------------------------- globs of the options
 
 
