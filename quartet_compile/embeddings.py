@@ -2,7 +2,7 @@
 
 A head that is tied to an embedding stays in the model's dtype. Where a graph break lies between them, the head's graph does not contain the
 lookup, but it is called with the same tensor. So tables are marked, by an attribute as Dynamo marks static parameters: when a graph is
-compiled, since DDP's parts of one are all compiled before the first runs; and when it is called, since it may serve several models.
+compiled, so that its cache key is the same the next time; and when it is called, since it may serve several models.
 """
 
 from __future__ import annotations
