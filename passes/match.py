@@ -11,7 +11,7 @@ so that every linear is accounted for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -35,10 +35,13 @@ REWRITTEN: dict[Any, Any] = {
 """The operators that are rewritten, and the operator that their gradients are."""
 
 
-def match(graph: Graph, parameters: Mapping[int, str]) -> list[Site | Unsupported]:
-    """Every linear of the graph in its order. `parameters`: index of a Dynamo input -> parameter name. Changes nothing."""
+def match(graph: Graph, parameters: Mapping[int, str], embedded: Set[int] = frozenset()) -> list[Site | Unsupported]:
+    """Every linear of the graph in its order. Changes nothing.
+
+    parameters: index of a Dynamo input -> parameter name. embedded: the indices of those known to be embeddings of any graph.
+    """
     origin = origins(graph, parameters)
-    embedded = _embedded_parameters(graph, origin)
+    tables = _embedded_parameters(graph, origin, embedded)
     backward = backward_nodes(graph)
     gradients: dict[int, list[Node]] = {}
     for node in graph.nodes:
@@ -54,7 +57,7 @@ def match(graph: Graph, parameters: Mapping[int, str]) -> list[Site | Unsupporte
             found += entering(node, origin, parameters)
         elif is_product(node):
             # A product without gradients has the number of the differentiable one before it, so the first one owns what carries it.
-            found += _match_product(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), embedded)
+            found += _match_product(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), tables)
     return found
 
 
@@ -71,7 +74,7 @@ def backward_nodes(graph: Graph) -> set[Node]:
 
 
 def _match_product(
-    node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, str], gradients: list[Node], embedded: set[Node]
+    node: Node, origin: Mapping[Node, Origin], parameters: Mapping[int, str], gradients: list[Node], tables: set[Node]
 ) -> Sequence[Site | Unsupported]:
     """The sites of a product, all of them or a reason why not; nothing for a product that no parameter enters as a weight."""
     bias, left, right = _arguments(node)
@@ -90,7 +93,7 @@ def _match_product(
     batches: Sequence[Batch] = ["pixels" if node.target is aten.convolution.default else None]
     if node.target is aten.bmm.default:
         batches = ["folded"] if _is_expanded(weight) else range(int(node.meta["val"].shape[0]))
-    computed, embeds = origin[weight].kind is Kind.COMPUTED, bool(weights & embedded)
+    computed, embeds = origin[weight].kind is Kind.COMPUTED, bool(weights & tables)
     ends = _ends(node)
     sites: list[Site] = []
     for batch in batches:
@@ -210,8 +213,9 @@ def _arguments(node: Node) -> tuple[Node | None, Node, Node]:
     return None, nodes[0], nodes[1]
 
 
-def _embedded_parameters(graph: Graph, origin: Mapping[Node, Origin]) -> set[Node]:
-    found: set[Node] = set()
+def _embedded_parameters(graph: Graph, origin: Mapping[Node, Origin], known: Set[int]) -> set[Node]:
+    """The parameters that are embeddings, of this graph or known to be ones of another."""
+    found: set[Node] = {node for node in graph.find_nodes(op="placeholder") if dynamo_input_index(node) in known}
     for node in graph.nodes:
         if node.op == "call_function" and node.target in (aten.embedding.default, aten._embedding_bag.default):
             found |= origin[node.args[0]].parameters

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,12 +39,12 @@ class Result:
     recomputed: frozenset[Operand]
 
 
-def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str) -> Result:
-    """Rewrite a joint or inference graph in place. again: what the backward pass recomputes, of `recompute.CHOICES`.
+def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str, embedded: Set[int] = frozenset()) -> Result:
+    """Rewrite a joint or inference graph in place. again: what the backward pass recomputes, of `recompute.CHOICES`. embedded: see `match`.
 
     An error leaves the graph as it was.
     """
-    linears = share(match(graph, parameters))
+    linears = share(match(graph, parameters, embedded))
     decisions = place(linears, policy)
     rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
     recomputed = recompute(graph, parameters, again)
@@ -54,23 +54,24 @@ def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str)
 class QuartetPass(CustomGraphPass):
     """`run` as a custom pass of Inductor.
 
-    parameters: index of a Dynamo input -> name, for those that are nn.Parameters. again: see `run`. fingerprint: whatever the
+    parameters: index of a Dynamo input -> name, for those that are nn.Parameters. again, embedded: see `run`. fingerprint: whatever the
     decisions read from the graph that Inductor's cache key does not contain (`fingerprint`). on_result: called with the `Result` each time
     the pass runs, which a cache hit prevents.
     """
 
     def __init__(
         self, parameters: Mapping[int, str], policy: Policy, again: str = "none", fingerprint: str = "",
-        on_result: Callable[[Result], None] | None = None,
+        on_result: Callable[[Result], None] | None = None, embedded: Set[int] = frozenset(),
     ) -> None:  # fmt: skip
         self.parameters = dict(parameters)
         self.policy = policy
         self.again = again
         self.fingerprint = fingerprint
         self.on_result = on_result
+        self.embedded = embedded
 
     def __call__(self, graph: Graph) -> None:
-        result = run(graph, self.parameters, self.policy, self.again)
+        result = run(graph, self.parameters, self.policy, self.again, self.embedded)
         left = [d for d in result.decisions if d.recipe.is_empty]
         log.info("%d of %d linears in NVFP4", len(result.decisions) - len(left), len(result.decisions))
         for d in left:
@@ -81,7 +82,8 @@ class QuartetPass(CustomGraphPass):
             self.on_result(result)
 
     def uuid(self) -> Any:
-        return "quartet", source_hash(), repr(self.policy), self.again, repr(sorted(self.parameters.items())), self.fingerprint
+        inputs = repr(sorted(self.parameters.items())), repr(sorted(self.embedded))
+        return "quartet", source_hash(), repr(self.policy), self.again, *inputs, self.fingerprint
 
 
 @cache

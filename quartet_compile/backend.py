@@ -1,7 +1,8 @@
 """The backend itself: what `torch.compile(model, backend="quartet")` calls with each captured graph.
 
 It finds out which graph inputs are parameters, turns options and surroundings into a policy, and hands the graph to Inductor with our pass
-in front of its own joint-graph passes. Nothing global is touched: all settings are patches of this one compilation.
+in front of its own joint-graph passes. Nothing global is touched: all settings are patches of this one compilation. Inputs that are
+tables of embeddings are marked as such (`embeddings`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.fx.traceback
 from torch.fx import GraphModule
 
+from quartet_compile import embeddings
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.emulate import EmulationPass
@@ -45,10 +47,11 @@ def quartet(
         tell_if_emulated(device)
     if any(device.type == "cuda" for device in devices):
         import quartet_compile.kernels.lowerings  # noqa: F401  (registers them)
-    scope = active_scope()
+    scope, tables = active_scope(), embeddings.tables(gm)
+    embeddings.mark(example_inputs, tables)
     patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
-    return only_in_scope(compiled, scope)
+    return only_in_scope(embeddings.marking(compiled, tables), scope)
 
 
 def inductor_patches(
@@ -57,7 +60,8 @@ def inductor_patches(
 ) -> dict[str, Any]:  # fmt: skip
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(mode or ours.mode, inductor_options)
-    rewriting = QuartetPass(parameter_names(gm, example_inputs), ours.policy(scope), ours.recompute, fingerprint(gm), on_result)
+    parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
+    rewriting = QuartetPass(parameters, ours.policy(scope), ours.recompute, fingerprint(gm), on_result, embedded)
     for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), NativePass(), PrecompilePass()])):
         users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))
         patches[field] = compat.PassSequence([*users, *ours_there])

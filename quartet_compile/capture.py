@@ -21,6 +21,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from quartet_compile import embeddings
 from quartet_compile.backend import Decompositions, active_scope, only_in_scope, parameter_names
 from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
 from quartet_compile.kernels.grouped_ops import padded_rows
@@ -97,21 +98,23 @@ class GraphCapture:
         """For each graph, the parameters that it was called with."""
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        parameters = parameter_names(gm, example_inputs)
+        tables = embeddings.tables(gm)
+        embeddings.mark(example_inputs, tables)
+        parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
         policy = self.options.policy(active_scope())
 
         def partition(joint: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> tuple[GraphModule, GraphModule]:
             outputs = kwargs["num_fwd_outputs"]
             plain, _ = min_cut_rematerialization_partition(_copy(joint), inputs, compiler="inductor", **kwargs)
             before = _saved_bytes(plain, outputs, _kinds(joint, parameters))
-            result = run(joint.graph, parameters, policy, self.options.recompute)
+            result = run(joint.graph, parameters, policy, self.options.recompute, embedded)
             kinds = _kinds(joint, parameters)
             forward, backward = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
             self.add(result, before, _saved_bytes(forward, outputs, kinds), forward, backward)
             return forward, backward
 
         def inference(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            result = run(graph.graph, parameters, policy, self.options.recompute)
+            result = run(graph.graph, parameters, policy, self.options.recompute, embedded)
             graph.recompile()
             self.add(result, (0, 0), (0, 0), graph, None)
             return _boxed(graph, inputs)
@@ -130,7 +133,7 @@ class GraphCapture:
                     graph.add(args[index], name)
             return compiled(*args)
 
-        return only_in_scope(called, active_scope())
+        return only_in_scope(embeddings.marking(called, tables), active_scope())
 
     def add(
         self, result: Result, before: tuple[int, int], after: tuple[int, int], forward: GraphModule, backward: GraphModule | None
