@@ -47,8 +47,7 @@ def quartet(
         tell_if_emulated(device)
     if any(device.type == "cuda" for device in devices):
         import quartet_compile.kernels.lowerings  # noqa: F401  (registers them)
-    scope, tables = active_scope(), embeddings.tables(gm)
-    embeddings.mark(example_inputs, tables)
+    scope, tables = active_scope(), embeddings.mark_all(gm, example_inputs)
     patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
     return only_in_scope(embeddings.marking(compiled, tables), scope)

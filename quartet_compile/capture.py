@@ -98,8 +98,7 @@ class GraphCapture:
         """For each graph, the parameters that it was called with."""
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        tables = embeddings.tables(gm)
-        embeddings.mark(example_inputs, tables)
+        tables = embeddings.mark_all(gm, example_inputs)
         parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
         policy = self.options.policy(active_scope())
 

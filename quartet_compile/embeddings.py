@@ -2,17 +2,20 @@
 
 A head that is tied to an embedding stays in the model's dtype. Where a graph break lies between them, the head's graph does not contain the
 lookup, but it is called with the same tensor. So tables are marked, by an attribute as Dynamo marks static parameters: when a graph is
-compiled, so that its cache key is the same the next time; and when it is called, since it may serve several models.
+compiled, so that its cache key is the same the next time; and when it is called, since it may serve several models. Dynamo leaves a
+function that breaks the graph in a loop to eager code, and its lookup with it: so the embeddings in modules being called are marked, too.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
@@ -25,7 +28,27 @@ LOOKUPS: dict[Any, int] = {
 """The functions in Dynamo's graphs that look up rows, and which of their arguments is the table."""
 
 
-def tables(gm: GraphModule) -> list[int]:
+def mark_all(gm: GraphModule, example_inputs: Sequence[Any]) -> list[int]:
+    """Mark what is known to be a table when a Dynamo graph is compiled. Returns the indices of its own ones among its inputs."""
+    for module in _being_called():
+        for part in module.modules():
+            if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+                mark([part._parameters.get("weight")], [0])
+    indices = _tables(gm)
+    mark(example_inputs, indices)
+    return indices
+
+
+def _being_called() -> Iterator[nn.Module]:
+    """The modules whose calls are on the stack. Of other functions no locals are read: Python would keep them until the function ends."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
+            yield frame.f_locals["self"]
+
+
+def _tables(gm: GraphModule) -> list[int]:
     """Indices of the inputs of a Dynamo graph that it looks rows up in, as they are or made into a table without another tensor."""
     found = set()
     for node in gm.graph.nodes:

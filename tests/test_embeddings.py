@@ -83,6 +83,51 @@ def test_explain_and_include_speak_of_it() -> None:
     assert reasons(quartet.explain(model, i, options={"quartet.include": "project"})) == {"body": "", "project": ""}
 
 
+def test_a_lookup_in_eager_code_is_found_in_the_modules_being_called() -> None:
+    """Dynamo does not compile a function with a graph break in a loop; a head may also be compiled alone."""
+
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.body = nn.Embedding(100, 64), nn.Linear(64, 64)
+
+        def forward(self, i: Tensor) -> Tensor:
+            x = self.table(i)
+            for _ in range(2):
+                torch._dynamo.graph_break()
+                x = self.body(x)
+            return x
+
+    class Head(nn.Module):
+        def __init__(self, weight: nn.Parameter) -> None:
+            super().__init__()
+            self.project = nn.Linear(64, 100)
+            self.project.weight = weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.project(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Loop()
+            self.outer = Head(self.inner.table.weight)
+
+        def forward(self, i: Tensor) -> Tensor:
+            return self.outer(self.inner(i))
+
+    model = Model()
+    compiled, backend = capture(model)
+    compiled(indices())
+    assert reasons(backend.report(model))["outer.project"] == REASON
+    regional = Model()
+    _, backend = capture(regional)
+    torch._dynamo.reset()
+    regional.outer.compile(backend=backend)
+    regional(indices())
+    assert reasons(backend.report(regional)) == {"outer.project": REASON}
+
+
 def test_a_table_that_is_made_of_an_activation_marks_no_parameter() -> None:
     """The rows that are looked up are no parameter's, though one was multiplied by on the way."""
 
