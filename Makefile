@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 PARALLEL = -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-gpu lint numerics benchmarks clean
+.PHONY: demo test test-slow test-exhaustive test-gpu lint numerics benchmarks clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,7 +29,10 @@ test: $(VENV)/ready
 	$(PYTEST) $(PARALLEL)
 
 test-slow: $(VENV)/ready $(VENV)/hf
-	$(PYTEST) $(PARALLEL) -m "slow and not gpu"
+	$(PYTEST) $(PARALLEL) -m "slow and not gpu and not exhaustive"
+
+test-exhaustive: $(VENV)/ready
+	$(PYTEST) $(PARALLEL) -m exhaustive
 
 test-gpu: $(VENV)/ready
 	$(PYTEST) -m gpu

@@ -23,6 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quartet_compile import embeddings
 from quartet_compile.backend import Decompositions, active_scope, only_in_scope, parameter_names
+from quartet_compile.flops import hint, product_flops
 from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
 from quartet_compile.kernels.grouped_ops import padded_rows
 from quartet_compile.names import Entered, parameter_paths
@@ -106,16 +107,18 @@ class GraphCapture:
             outputs = kwargs["num_fwd_outputs"]
             plain, _ = min_cut_rematerialization_partition(_copy(joint), inputs, compiler="inductor", **kwargs)
             before = _saved_bytes(plain, outputs, _kinds(joint, parameters))
+            flops = product_flops(joint.graph)
             result = run(joint.graph, parameters, policy, self.options.recompute, embedded)
             kinds = _kinds(joint, parameters)
             forward, backward = min_cut_rematerialization_partition(joint, inputs, compiler="inductor", **kwargs)
-            self.add(result, before, _saved_bytes(forward, outputs, kinds), forward, backward)
+            self.add(result, before, _saved_bytes(forward, outputs, kinds), forward, backward, flops)
             return forward, backward
 
         def inference(graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            flops = product_flops(graph.graph)
             result = run(graph.graph, parameters, policy, self.options.recompute, embedded)
             graph.recompile()
-            self.add(result, (0, 0), (0, 0), graph, None)
+            self.add(result, (0, 0), (0, 0), graph, None, flops)
             return _boxed(graph, inputs)
 
         first = len(self.graphs)
@@ -135,12 +138,14 @@ class GraphCapture:
         return only_in_scope(embeddings.marking(called, tables), active_scope())
 
     def add(
-        self, result: Result, before: tuple[int, int], after: tuple[int, int], forward: GraphModule, backward: GraphModule | None
-    ) -> None:
+        self, result: Result, before: tuple[int, int], after: tuple[int, int], forward: GraphModule, backward: GraphModule | None,
+        flops: int,
+    ) -> None:  # fmt: skip
         self.results.append(result)
         linears = _linears(result)
         self.entered.append(Entered())
-        self.graphs.append(GraphReport(linears, before[0], after[0], before[1], after[1], _source(forward), _source(backward)))
+        sources = _source(forward), _source(backward)
+        self.graphs.append(GraphReport(linears, before[0], after[0], before[1], after[1], *sources, flops))
 
     def report(self, model: Any) -> Report:
         globs = [set(r.unmatched) for r in self.results]
@@ -200,7 +205,7 @@ def _saved_bytes(forward: GraphModule, outputs: int, kinds: Mapping[str, Kind]) 
     for node in dict.fromkeys(results[outputs:]):
         if not isinstance(node, Node) or not isinstance(node.meta.get("val"), torch.Tensor) or _is_input_view(node):
             continue
-        size = _hint(node.meta["val"].numel()) * node.meta["val"].element_size()
+        size = hint(node.meta["val"].numel()) * node.meta["val"].element_size()
         if kinds.get(node.name, Kind.ACTIVATION) is Kind.ACTIVATION:
             activations += size
         else:
@@ -215,11 +220,6 @@ def _is_input_view(node: Node) -> bool:
     return node.op == "placeholder"
 
 
-def _hint(n: int | torch.SymInt) -> int:
-    """The size of this example; 0 where it depends on data and is not known before running."""
-    return n if isinstance(n, int) else int(n.node.hint or 0)
-
-
 def _linears(result: Result) -> tuple[LinearReport, ...]:
     seen: set[Operand] = set()
     return tuple(_linear(decision, seen, result.recomputed) for decision in result.decisions)
@@ -231,8 +231,8 @@ def _linear(decision: Decision, seen: set[Operand], recomputed: frozenset[Operan
     at = linear.place
     if not isinstance(linear, Site):
         return LinearReport(at.name, at.source, None, "bf16", decision.decided_by, (), decision.reason, decision.left_because)
-    tokens, features_in, features_out = (_hint(n) for n in linear.shape)
-    present = (("y", recipe.forward, True), ("dx", recipe.dgrad, linear.dgrad), ("dw", recipe.wgrad, linear.wgrad))
+    tokens, features_in, features_out = (hint(n) for n in linear.shape)
+    present = (("y", recipe.forward, True), ("dx", recipe.dgrad, linear.dgrad is not None), ("dw", recipe.wgrad, linear.wgrad is not None))
     products = tuple(name for name, cells, exists in present if cells is not None and exists)
     before = after = 0
     if linear.wgrad is not None and linear.x not in seen:
@@ -245,7 +245,7 @@ def _linear(decision: Decision, seen: set[Operand], recomputed: frozenset[Operan
     weight = _packed_bytes(outs, features_in) if "dx" in products and linear.w not in recomputed else 0
     return LinearReport(
         linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
-        decision.left_because, before, after, weight,
+        decision.left_because, before, after, weight, flops=2 * tokens * features_in * features_out * sum(exists for *_, exists in present),
     )  # fmt: skip
 
 

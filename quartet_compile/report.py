@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ class LinearReport:
     of this example if dynamic, 0 if they depend on data. recipe: by name, "bf16" if left alone. decided_by: which rule chose it. products:
     those that were rewritten, of "y", "dx", "dw". reason, left_because: why it was left alone, and which class of reason that is.
     saved_before, saved_after: bytes kept for the backward pass for its input, 0 where another linear already keeps the same input;
-    checkpointing is not counted here, only in the totals. weight_bytes: the packed weight that is kept on top of the parameter.
+    checkpointing is not counted here, only in the totals. weight_bytes: the packed weight that is kept on top of the parameter. flops: of
+    its products, rewritten or not, 2 T I O each.
     """
 
     name: str
@@ -35,6 +37,12 @@ class LinearReport:
     saved_after: int = 0
     weight_bytes: int = 0
     also: tuple[str, ...] = ()
+    flops: int = 0
+
+    @property
+    def flops_in_nvfp4(self) -> int:
+        """Of those products that were rewritten."""
+        return 2 * math.prod(self.shape) * len(self.products) if self.shape else 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -45,7 +53,8 @@ class LinearReport:
 @dataclass(frozen=True)
 class GraphReport:
     """One captured graph: its linears, what its forward keeps for its backward in bytes (activations, and tensors made of parameters),
-    before and after rewriting, and both rewritten graphs as Python source (backward is empty in inference)."""
+    before and after rewriting, both rewritten graphs as Python source (backward is empty in inference), and the floating point operations
+    of all products in both, those of no linear included."""
 
     linears: tuple[LinearReport, ...]
     activations_before: int
@@ -54,6 +63,7 @@ class GraphReport:
     weights_after: int
     forward: str
     backward: str
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,21 @@ class Report:
         return tuple(linear for linear in self.linears if linear.products)
 
     @property
+    def flops(self) -> int:
+        """Of all products in all graphs, each graph run once."""
+        return sum(g.flops for g in self.graphs)
+
+    @property
+    def flops_in_nvfp4(self) -> int:
+        """Of the products that were rewritten."""
+        return sum(linear.flops_in_nvfp4 for linear in self.linears)
+
+    @property
+    def flops_of_others(self) -> int:
+        """Of the products that belong to no linear: of two activations, as in attention, or in a form that is not rewritten."""
+        return self.flops - sum(linear.flops for linear in self.linears)
+
+    @property
     def saved_bytes_before(self) -> int:
         """Bytes of activations that the unchanged graphs keep for the backward pass."""
         return sum(g.activations_before for g in self.graphs)
@@ -104,7 +129,8 @@ class Report:
         data = dataclasses.asdict(self)
         for graph in data["graphs"]:
             del graph["forward"], graph["backward"]
-        totals = ("saved_bytes_before", "saved_bytes_after", "weight_bytes_before", "weight_bytes_after")
+        bytes_kept = ("saved_bytes_before", "saved_bytes_after", "weight_bytes_before", "weight_bytes_after")
+        totals = ("flops", "flops_in_nvfp4", "flops_of_others", *bytes_kept)
         return data | {name: getattr(self, name) for name in totals}
 
     def write_graphs(self, folder: str | Path) -> list[Path]:
@@ -131,6 +157,12 @@ class Report:
         lines += [f"  not found: no product in a captured graph belongs to {name}" for name in self.not_captured]
         lines += [f"  {option}: {glob!r} matches no linear" for option, glob in self.unmatched]
         lines.append("")
+        if self.flops:
+            ours, others = self.flops_in_nvfp4 / self.flops, self.flops_of_others / self.flops
+            lines.append(
+                f"floating point operations of products: {_scaled(self.flops)}, {ours:.1%} in NVFP4, "
+                f"{1 - ours - others:.1%} of linears left, {others:.1%} of no linear (attention)"
+            )
         lines.append(
             f"kept for the backward pass: activations {_bytes(self.saved_bytes_before)} -> {_bytes(self.saved_bytes_after)}, "
             f"weights beside the parameters {_bytes(self.weight_bytes_before)} -> {_bytes(self.weight_bytes_after)}"
@@ -151,6 +183,11 @@ def _row(linear: LinearReport) -> tuple[str, ...]:
 
 def _bytes(n: int) -> str:
     return f"{n} B" if n < 1024 else f"{n / 1024:.1f} KiB" if n < 1024**2 else f"{n / 1024**2:.1f} MiB"
+
+
+def _scaled(n: int) -> str:
+    steps = min(4, (len(str(n)) - 1) // 3)
+    return f"{n / 1000**steps:.3g}{('', ' K', ' M', ' G', ' T')[steps]}"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:

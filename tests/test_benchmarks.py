@@ -22,10 +22,10 @@ def run(script: str, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(BENCHMARKS / script), *options], capture_output=True, text=True, env=environment)
 
 
-def smoke_test(script: str, tmp_path: Path) -> tuple[list[str], list[dict]]:
+def smoke_test(script: str, tmp_path: Path, *options: str) -> tuple[list[str], list[dict]]:
     """(lines of the table, rows of the JSON)"""
     file = tmp_path / "figures.json"
-    done = run(script, "--cpu", "--quick", "--json", str(file))
+    done = run(script, "--cpu", "--quick", "--json", str(file), *options)
     assert done.returncode == 0, done.stderr
     first, *table = done.stdout.splitlines()
     assert first.startswith("device CPU")
@@ -134,19 +134,19 @@ def test_without_two_gpus_one_line_says_so():
 
 @pytest.mark.slow
 def test_fsdp_curve(tmp_path):
-    table, rows = smoke_test("fsdp_curve.py", tmp_path)
+    table, rows = smoke_test("fsdp_curve.py", tmp_path, "--sharded-runs", "1")
     assert [(row["backend"], row["processes"]) for row in rows] == [(b, n) for b in ("inductor", "quartet") for n in (1, 2)]
     assert sum(line.endswith("inside") for line in table) == 4
     curves = {(row["backend"], row["processes"]): list(row["curves"].values()) for row in rows}
-    assert {key: len(runs) for key, runs in curves.items()} == {key: 4 if key[1] == 1 else 2 for key in curves}
+    assert {key: len(runs) for key, runs in curves.items()} == {key: 4 if key[1] == 1 else 1 for key in curves}
     for runs in curves.values():
         for curve in runs:
             assert curve[-1] < curve[0] - 1.5
     # The same parameters, batches and, forward, codes: the first loss is that of all runs of a backend.
     for backend in ("inductor", "quartet"):
         first = [curve[0] for n in (1, 2) for curve in curves[backend, n]]
-        assert first == pytest.approx([first[0]] * 6, rel=1e-6)
+        assert first == pytest.approx([first[0]] * 5, rel=1e-6)
     # Without noise runs differ by rounding, with it by far more, each from every other.
     last = {backend: [curve[-1] for n in (1, 2) for curve in curves[backend, n]] for backend in ("inductor", "quartet")}
     assert max(last["inductor"]) - min(last["inductor"]) < 1e-4
-    assert len(set(last["quartet"])) == 6
+    assert len(set(last["quartet"])) == 5

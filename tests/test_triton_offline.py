@@ -17,6 +17,7 @@ import pytest
 triton = pytest.importorskip("triton")
 
 from offline import SHARED_MEMORY, TORCH_DTYPES, Case, cases, compiled, stack_bytes  # noqa: E402
+from triton_support import selected  # noqa: E402
 
 from quartet_compile.kernels.triton_kernels.launch import target_for  # noqa: E402
 
@@ -30,7 +31,7 @@ ONCE = ("align_saved", "dequantize", "saved", "words", "words_and_values", "word
 ALL = [(c, d, name) for c in CAPABILITIES for d in TORCH_DTYPES for name in cases(c, d) if d == "bf16" or name not in ONCE]
 MAIN = [(c, name) for c, d, name in ALL if d == "bf16" and not (name.endswith("_values") and name.startswith(("any", "align")))]
 FAST = [(c, "bf16", name) for c, name in MAIN if c in (90, 100) or (c == 120 and name in ("words", "product_swizzled_0"))]
-SELECTED = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(map(str, case))) for case in ALL]
+SELECTED = selected(ALL, FAST)
 
 
 @pytest.mark.parametrize(("capability", "dtype", "name"), SELECTED)

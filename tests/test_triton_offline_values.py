@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 from offline import SHARED_MEMORY, TORCH_DTYPES, Case, compiled, stack_bytes
 from test_triton_offline import pytestmark  # noqa: F401
+from triton_support import selected
 
 from quartet_compile.kernels.triton_kernels import gradient_values, rotation, saved_values
 from quartet_compile.kernels.triton_kernels.eden_values import AGAIN
@@ -63,7 +64,7 @@ def cases(capability: int, dtype: str) -> dict[str, Case]:
 
 ALL = [(c, d, name) for c in CAPABILITIES for d in TORCH_DTYPES for name in cases(c, d) if d == "bf16" or name.startswith("gradient")]
 FAST = [case for case in ALL if case[:2] == (90, "bf16")]
-SELECTED = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(map(str, case))) for case in ALL]
+SELECTED = selected(ALL, FAST)
 
 
 @pytest.mark.parametrize(("capability", "dtype", "name"), SELECTED)

@@ -13,7 +13,7 @@ there, nothing may differ at all. Signs of zeros: see `test_rotated_zeros`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,17 @@ class Calls:
 def first(*values: Any, fast: int = 1) -> list[Any]:
     """Parameters of which the first `fast` are tested always, the others with ``-m slow``: the interpreter takes seconds for each."""
     return [*values[:fast], *(pytest.param(value, marks=pytest.mark.slow) for value in values[fast:])]
+
+
+def selected(cases: Sequence[tuple[int, str, str]], fast: Sequence[tuple[int, str, str]]) -> list[Any]:
+    """(capability, dtype, name) as parameters: the fast ones are tested always, the others with ``-m slow``; with ``-m exhaustive`` those
+    of a dtype beside bfloat16 on the younger GPU of a family, where the compiler writes what it writes for the older one."""
+    found = []
+    for case in cases:
+        younger = case[0] in (89, 103) and case[1] != "bf16"
+        marks = [] if case in fast else [pytest.mark.slow, *[pytest.mark.exhaustive] * younger]
+        found.append(pytest.param(*case, marks=marks, id="-".join(map(str, case))))
+    return found
 
 
 BFLOAT16_FIRST = first(torch.bfloat16, torch.float32, torch.float16)
