@@ -65,6 +65,11 @@ class GraphReport:
     backward: str
     flops: int
 
+    @property
+    def modules(self) -> int:
+        """How many modules of the model it serves, as far as its linears tell."""
+        return max((len(linear.names) for linear in self.linears), default=1)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -91,38 +96,41 @@ class Report:
 
     @property
     def flops(self) -> int:
-        """Of all products in all graphs, each graph run once."""
-        return sum(g.flops for g in self.graphs)
+        """Of all products: each graph is run once for each module that it serves. So are bytes counted."""
+        return self._total("flops")
 
     @property
     def flops_in_nvfp4(self) -> int:
         """Of the products that were rewritten."""
-        return sum(linear.flops_in_nvfp4 for linear in self.linears)
+        return sum(graph.modules * linear.flops_in_nvfp4 for graph in self.graphs for linear in graph.linears)
 
     @property
     def flops_of_others(self) -> int:
-        """Of the products that belong to no linear: of two activations, as in attention, or in a form that is not rewritten."""
-        return self.flops - sum(linear.flops for linear in self.linears)
+        """Of the other products than those of linears: of two activations, as in attention, or in a form that is not rewritten."""
+        return self.flops - sum(graph.modules * linear.flops for graph in self.graphs for linear in graph.linears)
 
     @property
     def saved_bytes_before(self) -> int:
         """Bytes of activations that the unchanged graphs keep for the backward pass."""
-        return sum(g.activations_before for g in self.graphs)
+        return self._total("activations_before")
 
     @property
     def saved_bytes_after(self) -> int:
         """Bytes of activations that the rewritten graphs keep for the backward pass; packed weights are not among them."""
-        return sum(g.activations_after for g in self.graphs)
+        return self._total("activations_after")
 
     @property
     def weight_bytes_before(self) -> int:
         """Bytes of tensors made from parameters, such as their casts under autocast, that the unchanged graphs keep beside them."""
-        return sum(g.weights_before for g in self.graphs)
+        return self._total("weights_before")
 
     @property
     def weight_bytes_after(self) -> int:
         """The same for the rewritten graphs: mostly packed weights."""
-        return sum(g.weights_after for g in self.graphs)
+        return self._total("weights_after")
+
+    def _total(self, what: str) -> int:
+        return sum(graph.modules * getattr(graph, what) for graph in self.graphs)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the source of the graphs, as plain data."""
@@ -161,7 +169,7 @@ class Report:
             ours, others = self.flops_in_nvfp4 / self.flops, self.flops_of_others / self.flops
             lines.append(
                 f"floating point operations of products: {_scaled(self.flops)}, {ours:.1%} in NVFP4, "
-                f"{1 - ours - others:.1%} of linears left, {others:.1%} of no linear (attention)"
+                f"{1 - ours - others:.1%} of linears left, {others:.1%} of others (attention)"
             )
         lines.append(
             f"kept for the backward pass: activations {_bytes(self.saved_bytes_before)} -> {_bytes(self.saved_bytes_after)}, "

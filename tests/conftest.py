@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -16,6 +17,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else Inductor sta
 import pytest
 import torch
 from support import DEVICES
+from torch._dynamo.utils import counters
 
 pytest_plugins = ["compatibility", "pytester"]
 
@@ -34,6 +36,15 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     torch.set_default_device(request.param)
     yield torch.device(request.param)
     torch.set_default_device(None)
+
+
+@pytest.fixture
+def fresh_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Empty on-disk caches, switched on."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    counters.clear()
+    yield
+    counters.clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

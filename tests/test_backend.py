@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,15 +20,6 @@ import quartet_compile as quartet
 from quartet_compile import backend
 from quartet_compile.kernels import ops
 from quartet_compile.passes import pipeline
-
-
-@pytest.fixture
-def fresh_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Empty on-disk caches, switched on."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    counters.clear()
-    yield
-    counters.clear()
 
 
 def run_step(model: nn.Module, x: Tensor, **compile_options: Any) -> Tensor:

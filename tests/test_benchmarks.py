@@ -150,3 +150,16 @@ def test_fsdp_curve(tmp_path):
     last = {backend: [curve[-1] for n in (1, 2) for curve in curves[backend, n]] for backend in ("inductor", "quartet")}
     assert max(last["inductor"]) - min(last["inductor"]) < 1e-4
     assert len(set(last["quartet"])) == 5
+
+
+@pytest.mark.slow
+def test_sharded_steps(tmp_path):
+    """Every way on one process: those of NVFP4 against BF16 with the same checkpointing and resharding."""
+    table, rows = smoke_test("sharded_step.py", tmp_path)
+    assert len(table) == 1 + len(rows) == 14
+    base = {(row["checkpoint"], row["reshard"]): row["seconds"] for row in reversed(rows) if row["backend"] == "inductor"}
+    assert len(base) == 4
+    for row in rows:
+        assert row["speed"] == pytest.approx(base[row["checkpoint"], row["reshard"]] / row["seconds"])
+        assert 0 < row["host_seconds"] <= row["seconds"]
+        assert row["held_bytes"] is row["peak_bytes"] is None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -186,15 +185,6 @@ def test_parts_that_ddp_makes_of_one_graph_agree() -> None:
 
 
 # ---------------------------------------------------------------- the real backend
-
-
-@pytest.fixture
-def fresh_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Empty on-disk caches, switched on."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    counters.clear()
-    yield
-    counters.clear()
 
 
 @pytest.mark.usefixtures("fresh_caches")

@@ -74,17 +74,26 @@ def checkpointed(x: Tensor) -> Tensor:
     return checkpoint(normed_gelu, x, use_reentrant=False)
 
 
-class Selective(Block):
+def selectively(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Checkpointed, but for products and attention."""
+    kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default]
+    return checkpoint(layer, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, kept))
 
+
+class Selective(Block):
     def forward(self, x: Tensor) -> Tensor:
-        kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default]
-        return checkpoint(super().forward, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, kept))
+        return selectively(super().forward, x)
+
+
+class SelectiveMLP(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return selectively(super().forward, x)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "block": Block,
     "selective": Selective,
+    "selective relu": lambda: SelectiveMLP(F.relu),
     "cumsum": lambda: MLP(lambda x: torch.cumsum(x, 1)),
     **{f.__name__: lambda f=f: MLP(f) for f in (F.gelu, F.silu, F.relu, squared_relu, dropout, noisy_gelu, normed_gelu, checkpointed)},
 }
@@ -151,6 +160,14 @@ def test_products_that_checkpointing_keeps_are_started_from() -> None:
     assert kept.activations_after - less.activations_after == 3 * packed(TOKENS, DIM) + packed(TOKENS, HIDDEN)
     assert less.backward.count("quartet.quantize.default") == 4 + 5
     assert less.backward.count("quartet.matmul.default") == 2 * 5, "no product of the forward pass"
+
+
+def test_what_checkpointing_keeps_is_started_from_though_the_backward_pass_does_not_read_it() -> None:
+    """ReLU's backward does not read the product before it; it is kept because checkpointing was told to."""
+    kept, less = (step(SelectiveMLP(F.relu), choice, False)[1] for choice in ("none", "operands"))
+    assert kept.linears[1].saved_after == packed(TOKENS, HIDDEN)
+    assert less.linears[1].saved_after == 0
+    assert kept.activations_after - less.activations_after == packed(TOKENS, HIDDEN)
 
 
 def test_a_graph_input_is_not_kept_for_it() -> None:

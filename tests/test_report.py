@@ -72,7 +72,7 @@ lm_head       test_report.py:N  128 x 64 -> 80  bf16      default     -         
   not found: no product in a captured graph belongs to unused
   quartet.exclude: 'x.*' matches no linear
 
-floating point operations of products: 23.2 M, 54.2% in NVFP4, 32.2% of linears left, 13.6% of no linear (attention)
+floating point operations of products: 23.2 M, 54.2% in NVFP4, 32.2% of linears left, 13.6% of others (attention)
 kept for the backward pass: activations BEFORE -> AFTER, weights beside the parameters BEFORE -> AFTER""")
 
 
@@ -287,4 +287,6 @@ def test_one_line_for_a_graph_that_serves_several_modules() -> None:
     assert (linear.name, linear.also) == ("0.up", ("1.up", "2.up"))
     assert "quartet: 3 of 3 linears" in str(report)
     assert "0.up (and 2 more)" in str(report)
+    assert report.flops == report.flops_in_nvfp4 == 3 * linear.flops
+    assert report.saved_bytes_after == 3 * report.graphs[0].activations_after
     assert report.not_captured == ()
