@@ -57,7 +57,9 @@ def match(graph: Graph, parameters: Mapping[int, str], embedded: Set[int] = froz
             found += entering(node, origin, parameters)
         elif is_product(node):
             # A product without gradients has the number of the differentiable one before it, so the first one owns what carries it.
-            found += _match_product(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), tables)
+            own = gradients.pop(node.meta.get("seq_nr", -1), [])
+            for linear in _match_product(node, origin, parameters, own, tables):
+                found.append(replace(linear, gradients=tuple(own)) if isinstance(linear, Unsupported) else linear)
     return found
 
 

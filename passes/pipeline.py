@@ -19,7 +19,7 @@ from quartet_compile.passes.match import match
 from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.place import Decision, Policy, place, unmatched_globs
 from quartet_compile.passes.recompute import recompute
-from quartet_compile.passes.rewrite import rewrite
+from quartet_compile.passes.rewrite import Rewritten, rewrite
 from quartet_compile.passes.share import share
 from quartet_compile.passes.site import Site
 
@@ -31,12 +31,13 @@ class Result:
     """What was decided for one graph.
 
     decisions: one for each linear. unmatched: the option globs that matched nothing in it. recomputed: the operands that the backward pass
-    quantizes again.
+    quantizes again. rewritten: what came in place of each product.
     """
 
     decisions: tuple[Decision, ...]
     unmatched: tuple[tuple[str, str], ...]
     recomputed: frozenset[Operand]
+    rewritten: Rewritten
 
 
 def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str, embedded: Set[int] = frozenset()) -> Result:
@@ -46,9 +47,9 @@ def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str,
     """
     linears = share(match(graph, parameters, embedded))
     decisions = place(linears, policy)
-    rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
+    rewritten = rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
     recomputed = recompute(graph, parameters, again)
-    return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)), recomputed)
+    return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)), recomputed, rewritten)
 
 
 class QuartetPass(CustomGraphPass):

@@ -43,13 +43,17 @@ class PackedNodes(NamedTuple):
     tensor_scale: Node
 
 
-def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
+Rewritten = dict[Node, dict[Batch, Node]]
+"""Each product that went, and what came in its place: of a batched one, a product for each matrix."""
+
+
+def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> Rewritten:
     """Rewrite the products of the placed sites.
 
     All new nodes are built before the first old one goes, so an error leaves the graph as it was.
     """
     writer = Writer(graph)
-    results: dict[Node, dict[Batch, Node]] = {}
+    results: Rewritten = {}
     try:
         order = {node: i for i, node in enumerate(graph.nodes)}
         backward: list[tuple[Node, Batch, Callable[[], Node]]] = []
@@ -76,9 +80,10 @@ def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> None:
         if source.target is aten.convolution_backward.default:
             convolution.narrow(source)
     graph.eliminate_dead_code()
+    return results
 
 
-def _claim(results: dict[Node, dict[Batch, Node]], product: Node, batch: Batch, result: Node) -> None:
+def _claim(results: Rewritten, product: Node, batch: Batch, result: Node) -> None:
     parts = results.setdefault(product, {})
     if batch in parts:
         raise AssertionError(f"two linears claim one product, {product.name}")

@@ -69,8 +69,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """A product with a parameter in it that cannot be rewritten, and why."""
+    """A product with a parameter in it that cannot be rewritten, and why. gradients: the backward products that belong to it."""
 
     place: Place
     node: Node
     reason: str
+    gradients: tuple[Node, ...] = ()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ lm_head       test_report.py:N  128 x 64 -> 80  bf16      default     -         
   not found: no product in a captured graph belongs to unused
   quartet.exclude: 'x.*' matches no linear
 
-floating point operations of products: 23.2 M, 54.2% in NVFP4, 32.2% of linears left, 13.6% of others (attention)
+floating point operations of products: 23.2 M, 54.2% in NVFP4, 32.2% of linears left, 13.6% of 6 other products (attention)
 kept for the backward pass: activations BEFORE -> AFTER, weights beside the parameters BEFORE -> AFTER""")
 
 
@@ -188,9 +190,39 @@ def test_to_dict_is_plain_data_and_graphs_are_written_as_readable_files(tmp_path
     assert [linear["name"] for linear in data["graphs"][0]["linears"]][:3] == ["layers.0.q", "layers.0.k", "layers.0.v"]
     assert data["saved_bytes_after"] == report.saved_bytes_after
     paths = report.write_graphs(tmp_path / "graphs")
-    assert [p.name for p in paths] == ["graph0_forward.py", "graph0_backward.py"]
-    assert "torch.ops.quartet.quantize.default" in paths[0].read_text()
-    compile(paths[1].read_text(), str(paths[1]), "exec")
+    assert [p.stem for p in paths] == ["graph0_forward_before", "graph0_forward", "graph0_backward_before", "graph0_backward"]
+    assert "torch.ops.quartet.quantize.default" in paths[1].read_text()
+    assert "quartet." not in paths[0].read_text().partition("class GraphModule")[2]
+
+
+def run_graph(path: Path) -> list[str]:
+    return subprocess.run([sys.executable, str(path)], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+class Branching(nn.Module):
+    """Constants, a branch and a size that is not known when compiling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 128)
+        self.register_buffer("scale", torch.arange(1.0, 4.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (self.up(x),))
+        return y.relu() @ torch.tensor([[0.5]] * 128) * self.scale
+
+
+def test_graphs_are_files_that_run(tmp_path: Path) -> None:
+    """Before and after, forward and backward: they print the shapes of what they compute."""
+    x = torch.randn(24, 64, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 0)
+    report = quartet.explain(Branching(), x)
+    paths = report.write_graphs(tmp_path)
+    printed = {path.stem: run_graph(path) for path in paths}
+    assert printed["graph0_forward"][0] == printed["graph0_forward_before"][0] == "(24, 3)"
+    gradients = ["(24, 64)", "(128, 64)", "(128,)"]
+    for name in ("graph0_backward", "graph0_backward_before"):
+        assert [line for line in printed[name] if line.startswith("(")] == gradients
 
 
 def test_inference_has_forward_products_only() -> None:
