@@ -1,7 +1,7 @@
 """Train unchanged PyTorch models in NVFP4: ``torch.compile(model, backend="quartet")``.
 
 Importing this package is needed only for what goes beyond that line: `recipe` and `set_recipe` choose recipes, `explain` tells what
-would be rewritten.
+would be rewritten, `report` what was.
 """
 
 from quartet_compile.capture import explain
@@ -10,6 +10,7 @@ from quartet_compile.passes.place import UnsupportedLinear
 from quartet_compile.passes.recipe import Cell, Product, Recipe
 from quartet_compile.recipes import RECIPES
 from quartet_compile.report import Report
+from quartet_compile.running import report
 
 __version__ = "0.1.0"
 
@@ -23,5 +24,6 @@ __all__ = [
     "UnsupportedLinear",
     "explain",
     "recipe",
+    "report",
     "set_recipe",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.fx.traceback
 from torch.fx import GraphModule
 
 from quartet_compile import embeddings
+from quartet_compile.compilations import Compilation
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.emulate import EmulationPass
@@ -48,18 +49,19 @@ def quartet(
     if any(device.type == "cuda" for device in devices):
         import quartet_compile.kernels.lowerings  # noqa: F401  (registers them)
     scope, tables = active_scope(), embeddings.mark_all(gm, example_inputs)
-    patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
+    parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
+    compilation = Compilation(gm, example_inputs, parameters, embedded, ours, scope)
+    patches = inductor_patches(gm, parameters, embedded, ours, inductor_options, mode, scope, compilation.decided)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
-    return only_in_scope(embeddings.marking(compiled, tables), scope)
+    return only_in_scope(embeddings.marking(compilation.kept_by(compiled), tables), scope)
 
 
 def inductor_patches(
-    gm: GraphModule, example_inputs: Sequence[Any], ours: Options, inductor_options: Mapping[str, Any], mode: str | None,
-    scope: Scope, on_result: Callable[[Result], None] | None = None,
+    gm: GraphModule, parameters: Mapping[int, str], embedded: Set[int], ours: Options, inductor_options: Mapping[str, Any],
+    mode: str | None, scope: Scope, on_result: Callable[[Result], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(mode or ours.mode, inductor_options)
-    parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
     rewriting = QuartetPass(parameters, ours.policy(scope), ours.recompute, fingerprint(gm), on_result, embedded)
     for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), NativePass(), PrecompilePass()])):
         users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))

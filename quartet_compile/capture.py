@@ -28,7 +28,7 @@ from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.locate import ROOT_NAME
 from quartet_compile.passes.pipeline import Result, run
-from quartet_compile.passes.place import Policy
+from quartet_compile.passes.place import Scope
 from quartet_compile.report import GraphReport, Report
 from quartet_compile.source import source
 
@@ -89,8 +89,8 @@ def _fresh_callable(model: Callable[..., Any]) -> Callable[..., Any]:
 class GraphCapture:
     """A backend that rewrites and partitions like the real one, runs the graphs by the interpreter and reports on them."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
         self.graphs: list[GraphReport] = []
         self.results: list[Result] = []
         self.entered: list[Entered] = []
@@ -100,22 +100,23 @@ class GraphCapture:
         tables = embeddings.mark_all(gm, example_inputs)
         parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
         entered = Entered()
-        compiled = self.trace(gm, example_inputs, parameters, embedded, self.options.policy(active_scope()), circumstances(gm), entered)
+        compiled = self.trace(gm, example_inputs, parameters, embedded, self.options, active_scope(), circumstances(gm), entered)
         return only_in_scope(embeddings.marking(entered.watching(compiled, parameters), tables), active_scope())
 
     def trace(
-        self, gm: GraphModule, example_inputs: Sequence[Any], parameters: Mapping[int, str], embedded: Set[int], policy: Policy,
-        around: Circumstances, entered: Entered,
+        self, gm: GraphModule, example_inputs: Sequence[Any], parameters: Mapping[int, str], embedded: Set[int], options: Options,
+        scope: Scope, around: Circumstances, entered: Entered,
     ) -> Callable[..., Any]:  # fmt: skip
         """Rewrite and partition one graph of Dynamo's, and report on it. example_inputs: may be fake. entered: the parameters of its
         calls."""
+        policy = options.policy(scope)
 
         def add(joint: GraphModule, partition: Callable[[GraphModule], Any] | None, outputs: int) -> tuple[GraphModule, GraphModule | None]:
             plain = _copy(joint)
             before = partition(plain) if partition else (plain, None)
             kept_before = saved_bytes(before[0], outputs, kinds_of(joint.graph, parameters)) if partition else (0, 0)
             found = products(joint.graph)
-            result = run(joint.graph, parameters, policy, self.options.recompute, embedded)
+            result = run(joint.graph, parameters, policy, options.recompute, embedded)
             joint.recompile()
             kinds = kinds_of(joint.graph, parameters)
             after = partition(joint) if partition else (joint, None)
