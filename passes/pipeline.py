@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +21,7 @@ from quartet_compile.passes.recompute import recompute
 from quartet_compile.passes.rewrite import Rewritten, rewrite
 from quartet_compile.passes.share import share
 from quartet_compile.passes.site import Site
-
-log = logging.getLogger("quartet_compile")
+from quartet_compile.passes.tell import tell_decisions, tell_graph
 
 
 @dataclass(frozen=True)
@@ -72,13 +70,10 @@ class QuartetPass(CustomGraphPass):
         self.embedded = embedded
 
     def __call__(self, graph: Graph) -> None:
+        tell_graph(graph, "before")
         result = run(graph, self.parameters, self.policy, self.again, self.embedded)
-        left = [d for d in result.decisions if d.recipe.is_empty]
-        log.info("%d of %d linears in NVFP4", len(result.decisions) - len(left), len(result.decisions))
-        for d in left:
-            log.info("  left: %s (%s): %s", d.linear.place.name, d.linear.place.source, d.reason)
-        for option, glob in result.unmatched:
-            log.info("  %s: %r matches no linear of this graph", option, glob)
+        tell_graph(graph, "after")
+        tell_decisions(result.decisions, result.unmatched)
         if self.on_result is not None:
             self.on_result(result)
 

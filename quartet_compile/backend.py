@@ -27,6 +27,7 @@ from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
 from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, Scope
 from quartet_compile.passes.precompile import PrecompilePass
+from quartet_compile.passes.tell import tell_decisions
 
 log = logging.getLogger("quartet_compile")
 
@@ -53,7 +54,22 @@ def quartet(
     compilation = Compilation(gm, example_inputs, parameters, embedded, ours, scope)
     patches = inductor_patches(gm, parameters, embedded, ours, inductor_options, mode, scope, compilation.decided)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
+    if compilation.cached and is_listening():
+        tell_cached(compilation)
     return only_in_scope(embeddings.marking(compilation.kept_by(compiled), tables), scope)
+
+
+def is_listening() -> bool:
+    """Whether somebody reads what we tell."""
+    return log.isEnabledFor(logging.INFO) or bool(torch._logging._internal.trace_log.handlers)
+
+
+def tell_cached(compilation: Compilation) -> None:
+    """What the pass would have told, if torch had not found its work in a cache: it is done again for the telling."""
+    from quartet_compile.running import look_into  # which imports this file
+
+    for result in look_into([compilation]).results:
+        tell_decisions(result.decisions, result.unmatched, cached=True)
 
 
 def inductor_patches(

@@ -7,7 +7,7 @@ tensors, under the circumstances in which it was compiled. So the report is the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -32,13 +32,18 @@ def report(compiled: Callable[..., Any]) -> Report:
         raise ValueError(
             f'quartet.report: backend="quartet" has compiled nothing of {name} yet; call it first, or use quartet.explain, which calls it'
         )
-    capture = GraphCapture()
-    for c in chosen:
-        with c.surroundings():
-            capture.trace(c.gm, c.inputs, c.parameters, c.embedded, c.options, c.scope, c.around, c.entered)
-    whole = capture.report(model)
+    whole = look_into(chosen).report(model)
     graphs = [dataclasses.replace(graph, cached=c.cached) for graph, c in zip(whole.graphs, chosen, strict=True)]
     return dataclasses.replace(whole, graphs=tuple(_mark_superseded(graphs, chosen, model)))
+
+
+def look_into(compilations: Sequence[Compilation]) -> GraphCapture:
+    """The graphs of these compilations, rewritten again."""
+    capture = GraphCapture()
+    for c in compilations:
+        with c.surroundings():
+            capture.trace(c.gm, c.inputs, c.parameters, c.embedded, c.options, c.scope, c.around, c.entered)
+    return capture
 
 
 def _compilations_of(compiled: Callable[..., Any], model: Any) -> list[Compilation]:
