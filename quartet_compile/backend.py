@@ -22,7 +22,7 @@ from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.emulate import EmulationPass
 from quartet_compile.passes.locate import dotted
-from quartet_compile.passes.match import REWRITTEN
+from quartet_compile.passes.match import KEPT_WHOLE
 from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
 from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, Scope
@@ -118,8 +118,8 @@ def _dotted_name(placeholder: torch.fx.Node) -> str:
 
 
 class Decompositions(dict[Any, Callable[..., Any]]):
-    """Inductor's decompositions without those of matrix products, which would turn products with a dimension of 1 into pointwise code
-    that cannot be recognised as a linear any more.
+    """Inductor's decompositions without those of matrix products, which would turn products with a dimension of 1, or with a vector, into
+    pointwise code that cannot be recognised as a linear any more.
 
     Pickles as a call of this class: Inductor puts the table into its cache key, where functions of torch's C++ parts have no place.
     """
@@ -127,7 +127,7 @@ class Decompositions(dict[Any, Callable[..., Any]]):
     def __init__(self) -> None:
         from torch._inductor.decomposition import select_decomp_table
 
-        super().__init__({op: f for op, f in select_decomp_table().items() if op not in REWRITTEN})
+        super().__init__({op: f for op, f in select_decomp_table().items() if op not in KEPT_WHOLE})
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Decompositions, ()

@@ -76,4 +76,4 @@ def _graph_break(gm: GraphModule) -> str:
 
 def _recompiled() -> str:
     reason = get_metrics_context()._metrics.get("recompile_reason")  # Dynamo sets it before it traces the frame
-    return str(reason).strip().splitlines()[0] if reason else ""
+    return str(reason).strip().splitlines()[0].partition("  #")[0].strip() if reason else ""  # the code of the guard follows as a comment
