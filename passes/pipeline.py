@@ -75,7 +75,7 @@ class QuartetPass(CustomGraphPass):
         left = [d for d in result.decisions if d.recipe.is_empty]
         log.info("%d of %d linears in NVFP4", len(result.decisions) - len(left), len(result.decisions))
         for d in left:
-            log.info("  left: %s (%s): %s", d.linear.place.name, d.linear.place.source, d.reason)
+            log.info("  left: %s (%s): %s [%s]", d.linear.place.name, d.linear.place.source, d.reason, d.decided_by)
         for option, glob in result.unmatched:
             log.info("  %s: %r matches no linear of this graph", option, glob)
         if self.on_result is not None:
