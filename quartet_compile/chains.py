@@ -33,11 +33,11 @@ class Blocks:
 
     def select(self, root: nn.Module) -> dict[str, nn.Module]:
         """Name -> block, for those of a model. Raises ValueError if it is not clear which they are, or if there are not enough."""
-        found = {}
+        found: dict[str, nn.Module] = {}
         for chain in _chosen(unwrapped(root), self):
             count = len(chain.blocks)
             if self.first + self.last > count:
-                raise ValueError(f"quartet.{self}: {chain} has not as many blocks")
+                raise ValueError(f"quartet.{self}: {chain} has fewer than {self.first + self.last} blocks")
             found.update(chain.blocks[: self.first] + chain.blocks[count - self.last :])
         return found
 

@@ -170,7 +170,8 @@ _tokens = itertools.count()
 
 def _annotated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module with recipes set: the last one set counts. A forward of its own that it had before is called inside."""
-    name, own = self.__dict__["_quartet_recipe"], self.__dict__.get("_quartet_own_forward")
+    name: Any = self._quartet_recipe
+    own = self.__dict__.get("_quartet_own_forward")
     with annotate({MODULE_KEY: name}) if torch.compiler.is_compiling() else _Scope(name, MODULE_KEY):
         return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
 

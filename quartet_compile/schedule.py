@@ -80,13 +80,13 @@ class RecipeSchedule:
         self._follow()
 
     def _follow(self) -> None:
-        phase = max((entry for entry in self._plan if entry[0] <= self._done), default=None, key=lambda entry: entry[0])
+        phase = next((entry for entry in reversed(self._plan) if entry[0] <= self._done), None)
         if phase == self._phase:
             return
         self._handle.remove()
         self._phase = phase
-        if phase is not None and phase[1] is not None:
-            step, name = phase
+        step, name = phase or (0, None)
+        if name is not None:
             self._handle = set_on([(module, f"schedule ({name} from step {step})") for module, _ in self._modules], name)
 
 

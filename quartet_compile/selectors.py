@@ -82,5 +82,5 @@ def _what_exists(root: nn.Module, selector: Any) -> str:
     if isinstance(selector, type):
         return f"its modules are of the classes {', '.join(sorted({type(module).__name__ for module in root.modules()}))}"
     names = list(named_modules(root))
-    near = get_close_matches(selector, names, n=1) if isinstance(selector, str) else []
+    near = get_close_matches(selector, names, n=1, cutoff=0.85) if isinstance(selector, str) else []
     return f"its modules begin with: {', '.join(names[:8])}" + (f"; did you mean {near[0]}?" if near else "")

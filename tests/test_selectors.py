@@ -214,6 +214,20 @@ class Other(nn.Module):
         self.mixer = nn.Linear(64, 64)
 
 
+def test_layers_of_two_kinds_with_a_base_class_in_common_are_a_chain() -> None:
+    class Layer(nn.Module):
+        pass
+
+    class Attending(Layer, Block):
+        pass
+
+    class Mixing(Layer, Other):
+        pass
+
+    model = nn.ModuleDict({"h": nn.ModuleList([Mixing(), Mixing(), Attending(), Mixing(), Mixing(), Attending()])})
+    assert list(quartet.blocks(first=1, last=1).select(model)) == ["h.0", "h.5"]
+
+
 def test_layers_of_two_kinds_that_alternate_have_to_be_named() -> None:
     model = nn.ModuleDict({"h": nn.ModuleList([Block(), Block(), Other(), Block(), Block(), Other()])})
     with pytest.raises(ValueError, match=r"no chain of repeated layers; say with of= which it is: h \(6 x Block, Other\)"):
@@ -224,7 +238,7 @@ def test_layers_of_two_kinds_that_alternate_have_to_be_named() -> None:
 @pytest.mark.parametrize(
     ("counts", "error", "message"),
     [
-        ({"first": 3, "last": 2}, ValueError, r"blocks\(first=3, last=2\): layers \(4 x Block\) has not as many blocks"),
+        ({"first": 3, "last": 2}, ValueError, r"blocks\(first=3, last=2\): layers \(4 x Block\) has fewer than 5 blocks"),
         ({"first": 1, "of": "blocks"}, ValueError, r"no container of Model has this name; it has layers \(4 x Block\)"),
         ({}, ValueError, "select no blocks"),
         ({"first": -1, "last": 2}, ValueError, "select no blocks"),
