@@ -269,6 +269,7 @@ def test_first_and_last_blocks_compiled_one_by_one() -> None:
     assert found == {f"layers.{i}.{name}": "bf16" if i in (0, 3) else "quartet2" for i in range(4) for name in ("attn.q", "mlp")}
 
 
+@pytest.mark.slow
 @pytest.mark.feature("Choosing recipes", "first and last blocks of {name}")
 @pytest.mark.parametrize(
     ("name", "container"),
@@ -286,6 +287,7 @@ def test_blocks_of_models_of_hugging_face(name: str, container: str) -> None:
     assert found in [[f"{path}.0", f"{path}.1"] for path in container.split("|")]
 
 
+@pytest.mark.slow
 def test_blocks_of_an_encoder_and_a_decoder_of_hugging_face() -> None:
     transformers = pytest.importorskip("transformers")
     model = transformers.T5ForConditionalGeneration(
@@ -296,6 +298,7 @@ def test_blocks_of_an_encoder_and_a_decoder_of_hugging_face() -> None:
     assert list(quartet.blocks(last=1, of="*.block").select(model)) == ["encoder.block.2", "decoder.block.2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [2, 5])
 def test_the_blocks_of_mixtral_are_its_layers_not_its_experts(layers: int) -> None:
     pytest.importorskip("transformers")
