@@ -25,7 +25,7 @@ from quartet_compile.passes.locate import dotted
 from quartet_compile.passes.match import KEPT_WHOLE
 from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
-from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, Scope
+from quartet_compile.passes.place import CHANNEL_KEY, MODULE_KEY, SCOPE_KEY, Scope
 from quartet_compile.passes.precompile import PrecompilePass
 from quartet_compile.passes.tell import tell_decisions
 
@@ -42,7 +42,7 @@ def quartet(
     from torch._inductor.compile_fx import compile_fx
 
     ours, inductor_options = split_options(options)
-    if mode is not None and ours.mode is not None:
+    if mode is not None and ours.said_by.get("mode") == "quartet.mode":
         raise ValueError("give mode= or the option quartet.mode, not both")
     devices = {x.device for x in example_inputs if isinstance(x, torch.Tensor)}
     for device in devices:
@@ -77,7 +77,7 @@ def inductor_patches(
     mode: str | None, scope: Scope, on_result: Callable[[Result], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
-    patches = compat.inductor_settings(mode or ours.mode, inductor_options)
+    patches = compat.inductor_settings(ours.mode or mode, inductor_options)
     rewriting = QuartetPass(parameters, ours.policy(scope), ours.recompute, fingerprint(gm), on_result, embedded)
     for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), NativePass(), PrecompilePass()])):
         users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))
@@ -149,7 +149,7 @@ def tell_if_emulated(device: torch.device) -> None:
 def active_scope() -> Scope:
     """The recipes whose contexts eager code is in right now."""
     custom = torch.fx.traceback.current_meta.get("custom") or {}
-    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY))
+    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY), custom.get(CHANNEL_KEY, Scope.channel))
 
 
 def only_in_scope(compiled: Callable[..., Any], scope: Scope) -> Callable[..., Any]:

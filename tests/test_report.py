@@ -61,14 +61,14 @@ class TestText(expecttest.TestCase):
         self.assertExpectedInline(text, """\
 quartet: 4 of 7 linears in NVFP4, 1 graph(s)
 
-linear        source             T x I -> O      recipe    decided by  rewritten  input saved
-layers.0.q    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    32.0 KiB -> 4.5 KiB
-layers.0.k    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    shared
-layers.0.v    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    shared
-layers.0.mix  test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    32.0 KiB -> 4.5 KiB
-small         test_report.py:N  128 x 64 -> 8   bf16      default     -          32.0 KiB -> 32.0 KiB
-scaled        test_report.py:N  128 x 64 -> 64  bf16      default     -          32.0 KiB -> 32.0 KiB
-lm_head       test_report.py:N  128 x 64 -> 80  bf16      default     -          32.0 KiB -> 32.0 KiB
+linear        source             T x I -> O      recipe    decided by                 rewritten  input saved
+layers.0.q    test_report.py:N  128 x 64 -> 64  quartet2  default                    y dx dw    32.0 KiB -> 4.5 KiB
+layers.0.k    test_report.py:N  128 x 64 -> 64  quartet2  default                    y dx dw    shared
+layers.0.v    test_report.py:N  128 x 64 -> 64  quartet2  default                    y dx dw    shared
+layers.0.mix  test_report.py:N  128 x 64 -> 64  quartet2  default                    y dx dw    32.0 KiB -> 4.5 KiB
+small         test_report.py:N  128 x 64 -> 8   bf16      default (min_features)     -          32.0 KiB -> 32.0 KiB
+scaled        test_report.py:N  128 x 64 -> 64  bf16      default (computed weight)  -          32.0 KiB -> 32.0 KiB
+lm_head       test_report.py:N  128 x 64 -> 80  bf16      default (output head)      -          32.0 KiB -> 32.0 KiB
   left: small: min(in, out) = 8 features, below 64 [default]
   left: scaled: its weight is computed from parameters; quartet.include or a recipe of its own lifts this [default]
   left: lm_head: output head (named lm_head) [default]

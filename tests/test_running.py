@@ -14,7 +14,7 @@ from test_report import Breaking, Model, tokens
 from torch import Tensor, nn
 
 import quartet_compile as quartet
-from quartet_compile import compilations
+from quartet_compile import backend, compilations
 from quartet_compile.passes.pipeline import Result
 from quartet_compile.report import GraphReport, Report
 
@@ -46,7 +46,9 @@ def test_it_is_what_explain_says_and_what_the_pass_decided(monkeypatch: pytest.M
     assert "a later compilation" not in str(report)
 
 
-def test_code_from_torchs_cache_is_reported_and_named(fresh_caches: None) -> None:
+def test_code_from_torchs_cache_is_reported_and_named(fresh_caches: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_into: list[Any] = []
+    monkeypatch.setattr(backend, "tell_cached", looked_into.append)
     model, i = nn.Sequential(nn.Linear(64, 64)), torch.randn(8, 64)
     reports = []
     for _ in range(2):
@@ -54,6 +56,7 @@ def test_code_from_torchs_cache_is_reported_and_named(fresh_caches: None) -> Non
         step = torch.compile(model, backend="quartet")
         step(i).sum().backward()
         reports.append(quartet.report(step))
+    assert not looked_into, "nobody reads logs here"
     assert [graph.cached for report in reports for graph in report.graphs] == [False, True]
     assert plain(reports[0].graphs[0]) == plain(reports[1].graphs[0])
     assert "graph 0 came from torch's cache" in str(reports[1])
