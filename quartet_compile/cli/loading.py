@@ -57,7 +57,8 @@ def _near_files(module_name: str) -> str:
 
 
 def _looks_like_a_factory(value: Any, module_name: str) -> bool:
-    return callable(value) and getattr(value, "__module__", None) == module_name and not value.__name__.startswith("_")
+    is_one = inspect.isfunction(value) or inspect.isclass(value)
+    return is_one and value.__module__ == module_name and not value.__name__.startswith("_")
 
 
 def make(found: Any, path: str) -> Call:
@@ -78,7 +79,8 @@ def make(found: Any, path: str) -> Call:
     parts = tuple(made) if isinstance(made, (tuple, list)) else (made,)
     if not 1 <= len(parts) <= 3 or not callable(parts[0]):
         raise UserError(f"{path} gave {_described(made)}: expected a model, (model, args) or (model, args, kwargs)")
-    args, kwargs = (*parts[1:], (), {})[:2] if len(parts) > 1 else ((), {})
+    args = parts[1] if len(parts) > 1 else ()
+    kwargs = parts[2] if len(parts) > 2 else {}
     if isinstance(args, dict) and len(parts) == 2:
         args, kwargs = (), args
     if not isinstance(kwargs, dict):
