@@ -55,6 +55,12 @@ class Reads(Net):
         y = super().forward(tokens)
         return y if y.sum().item() > 0 else -y
 
+class Attention(Net):
+    def forward(self, tokens):
+        y = self.up(self.table(tokens)).unflatten(-1, (4, 24)).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True)
+        return self.lm_head(y.transpose(1, 2).flatten(2))
+
 net = Net()
 number = 3
 
@@ -108,7 +114,7 @@ def test_every_way_to_name_a_model(way: str, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.usefixtures("models")
-@pytest.mark.parametrize("factory", ["models:make", "models:net"])
+@pytest.mark.parametrize("factory", ["models:Attention", "models:net"])
 def test_meta_gives_the_report_of_the_cpu(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
     reports = []
     for device in ("cpu", "meta"):
@@ -167,7 +173,7 @@ def test_a_page_is_written_or_one_line_says_that_there_is_none(tmp_path: Path, c
         (["model:make"], "there is no module 'model' in"),
         (["model:make"], "did you mean models?"),
         (["models:mak"], "models has no mak; it has make"),
-        (["models:x"], "models has no x; it has Net, Deep, Huge, Reads, make, with_args, with_names, needs"),
+        (["models:x"], "models has no x; it has Net, Deep, Huge, Reads, Attention, make, with_args, with_names"),
         (["models:needs"], "models:needs needs arguments (ins), and explain has none to give: write a function without, for instance def"),
         (["models:number"], "models:number is a int: expected a module, or a function or class that makes one"),
         (["models:wrong"], "models:wrong gave (int, int): expected a model, (model, args) or (model, args, kwargs)"),

@@ -55,6 +55,11 @@ def test_operators_equal_the_reference(name: str, device: str) -> None:
     assert device != "cpu" or check.finding == "equals the reference"
 
 
+def test_an_operator_that_a_gpu_never_runs_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert operators.operator("matmul_swizzled", "cuda:0").finding == "not used on this GPU"
+
+
 class OneWrongNumber:
     """The operators, of which one gives a wrong first number in one of its results."""
 
@@ -279,6 +284,8 @@ def test_no_compiler() -> None:
 def test_the_kernels_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUARTET_CPU_KERNELS", "reference")
     assert machine.cpu_kernels().status == "warn"
+    monkeypatch.setenv("QUARTET_CPU_KERNELS", "refernce")
+    assert machine.cpu_kernels().status == "fail"
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,9 +301,11 @@ def test_variables_that_switch_things_off(monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE", "TRITON_INTERPRET"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("QUARTET_OPTIONS", "quartet.strict=True")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "which torch sets by itself")
     check = machine.environment()
     assert check.status == "ok"
     assert "QUARTET_OPTIONS=quartet.strict=True" in check.finding
+    assert "CACHE_DIR" not in check.finding
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     check = machine.environment()
     assert (check.status, check.advice) == ("warn", "Unset TORCHDYNAMO_DISABLE: torch.compile does nothing while it is set.")
@@ -357,7 +366,7 @@ def test_a_table_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_failures_are_the_exit_status(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "examine", lambda self_test: SOME)
     assert main(["doctor"]) == 1
-    assert "1 ok, 0 warnings, 1 failed: something has to be done first" in capsys.readouterr().out
+    assert "1 ok, 0 warn, 1 fail: something has to be done first" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "examine", lambda self_test: SOME[:1])
     assert main(["doctor"]) == 0
 

@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print_checks(checks)
         ready = "something has to be done first" if counts["fail"] else "this machine is ready"
-        print(f"\n{len(checks)} checks in {seconds:.0f} s: {counts['ok']} ok, {counts['warn']} warnings, {counts['fail']} failed: {ready}")
+        print(f"\n{len(checks)} checks in {seconds:.0f} s: {counts['ok']} ok, {counts['warn']} warn, {counts['fail']} fail: {ready}")
     return 1 if counts["fail"] else 0
 
 

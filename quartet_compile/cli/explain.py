@@ -120,8 +120,9 @@ def move(call: loading.Call, device: str, shapes_only: Any) -> None:
             call.model.to(device)
         else:
             for module in call.model.modules():
-                for own in (module._parameters, module._buffers):
-                    own.update({name: there(t) for name, t in own.items() if t is not None})  # type: ignore[arg-type]
+                tensors: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+                for own in tensors:
+                    own.update({name: there(t) for name, t in own.items() if t is not None})
     call.args, call.kwargs = tree_map_only(torch.Tensor, there, (call.args, call.kwargs))
 
 

@@ -172,7 +172,10 @@ def compiler() -> Check:
 def cpu_kernels() -> Check:
     """The C++ kernels compile and load."""
     name = "CPU kernels"
-    if os.environ.get("QUARTET_CPU_KERNELS"):
+    choice = os.environ.get("QUARTET_CPU_KERNELS", "")
+    if choice not in ("", "reference"):
+        return Check(name, "fail", f"QUARTET_CPU_KERNELS is {choice!r}; it can be 'reference' or unset", "Unset QUARTET_CPU_KERNELS.")
+    if choice:
         return Check(name, "warn", f"switched off by QUARTET_CPU_KERNELS: {SLOW}", "Unset QUARTET_CPU_KERNELS.")
     from quartet_compile.kernels.cpu import build
 
@@ -219,7 +222,8 @@ def triton_cache() -> Check:
 
 
 def environment() -> Check:
-    found = {v: os.environ[v] for v in sorted(os.environ) if v in VARIABLES or v.startswith(PREFIXES)}
+    names = [name for name in sorted(os.environ) if name in VARIABLES or name.startswith(PREFIXES)]
+    found = {name: os.environ[name] for name in names if not name.endswith("_CACHE_DIR")}  # which have checks of their own
     text = " ".join(f"{name}={value}" for name, value in found.items()) or "nothing that changes what is compiled"
     harmful = [f"Unset {name}: {why}." for name, why in HARMFUL.items() if found.get(name, "0") not in ("0", "")]
     return Check("environment", "warn" if harmful else "ok", text, " ".join(harmful))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -110,9 +111,9 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total, completed=-1)
+        task, done = bar.add_task("", total=total), itertools.count()
 
         def begin(name: str) -> None:
-            bar.update(task, description=name, advance=1)
+            bar.update(task, description=name, completed=next(done))
 
         yield begin

@@ -24,7 +24,7 @@ def training_step(device: str) -> Check:
     name = f"training step on {device}"
     x, w, bias, e = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(_shapes()))
     ours, seeds = compiled_step(x, w, bias, e, torch.device(device))
-    expected = recipe_step(*(t.double() for t in (x, w, bias, e)), seeds)
+    expected = recipe_step(x.double(), w.double(), bias.double(), e.double(), seeds)
     errors = [float((o - t).norm() / t.norm()) for o, t in zip(ours, expected, strict=True)]
     on_gpu = torch.device(device).type != "cpu"
     allowed = SUMS, *[FLIPS if on_gpu else SUMS] * 2
