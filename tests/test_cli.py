@@ -17,7 +17,7 @@ import torch
 
 import quartet_compile as quartet
 from quartet_compile.cli import loading, output, scripts
-from quartet_compile.cli.main import main, split
+from quartet_compile.cli.main import main, parser, split
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +60,10 @@ class Attention(Net):
         y = self.up(self.table(tokens)).unflatten(-1, (4, 24)).transpose(1, 2)
         y = nn.functional.scaled_dot_product_attention(y, y, y, is_causal=True)
         return self.lm_head(y.transpose(1, 2).flatten(2))
+
+class Double(nn.Linear):
+    def __init__(self):
+        super().__init__(64, 64, dtype=torch.float64)
 
 net = Net()
 number = 3
@@ -173,7 +177,7 @@ def test_a_page_is_written_or_one_line_says_that_there_is_none(tmp_path: Path, c
         (["model:make"], "there is no module 'model' in"),
         (["model:make"], "did you mean models?"),
         (["models:mak"], "models has no mak; it has make"),
-        (["models:x"], "models has no x; it has Net, Deep, Huge, Reads, Attention, make, with_args, with_names"),
+        (["models:x"], "models has no x; it has Net, Deep, Huge, Reads, Attention, Double, make, with_args"),
         (["models:needs"], "models:needs needs arguments (ins), and explain has none to give: write a function without, for instance def"),
         (["models:number"], "models:number is a int: expected a module, or a function or class that makes one"),
         (["models:wrong"], "models:wrong gave (int, int): expected a model, (model, args) or (model, args, kwargs)"),
@@ -182,6 +186,8 @@ def test_a_page_is_written_or_one_line_says_that_there_is_none(tmp_path: Path, c
         (["models:make", "--input", "3:int63"], "torch has no dtype 'int63'"),
         (["models:make", "--option", "quartet.strict"], "--option quartet.strict: expected KEY=VALUE"),
         (["models:make", "--option", "quartet.exlude=x"], "did you mean quartet.exclude?"),
+        (["models:make", "--option", "max_autotun=true"], "max_autotun"),
+        (["models:Double", "--option", "quartet.strict=true", "--input", "8x64:float64"], "its dtype is float64"),
         (["models:with_args", "--autocast", "bf16"], "--autocast bf16: torch has no such dtype"),
         (["models:Reads", "--device", "meta", "--input", "2x16:int64"], "the model reads numbers, which there are none of on meta"),
     ],
@@ -238,6 +244,16 @@ def test_a_report_on_a_terminal_keeps_its_text(capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert re.sub(r"\x1b\[[\d;]*m", "", out) == f"{text}\n"
     assert out != f"{text}\n"
+
+
+def test_the_page_names_every_command_and_option() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text()
+    (commands,) = (action for action in parser()._actions if isinstance(action.choices, dict))
+    assert commands.choices is not None
+    for name, command in dict(commands.choices).items():
+        assert f"`quartet {name}" in page
+        for option in (option for action in command._actions for option in action.option_strings if option.startswith("--")):
+            assert option == "--help" or option in page, f"{name} {option}"
 
 
 # ---------------------------------------------------------------- bench and demo

@@ -158,6 +158,24 @@ def test_without_triton_a_gpu_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> N
     assert check.advice.startswith("pip install triton")
 
 
+def test_what_is_said_of_an_h100_with_and_without_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fake_gpu import fake_gpu
+
+    said = []
+    with fake_gpu(90):
+        for status in (0, 1):
+            assert main(["doctor", "--no-self-test", "--json"]) == status
+            said.append({check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]})
+            on_gpus = {planned.name.rpartition(" ")[2] for planned in doctor.self_tests(gpus.usable()) if " on " in planned.name}
+            assert on_gpus == ({"cpu", "cuda:0"} if status == 0 else {"cpu"})
+            monkeypatch.setitem(sys.modules, "triton", None)
+    present, missing = said
+    assert {check["status"] for name, check in missing.items() if name != "triton"} == {"ok"}
+    assert (present["triton"]["status"], missing["triton"]["status"]) == ("ok", "fail")
+    assert present["GPU 0"] == missing["GPU 0"]
+    assert "NVFP4 is emulated" in present["GPU 0"]["finding"]
+
+
 def test_without_torch_it_says_so() -> None:
     status, checks, _ = doctor_without("torch")
     assert status == 1
@@ -272,6 +290,14 @@ def test_the_backend_is_found_by_name_and_is_this_one(monkeypatch: pytest.Monkey
     assert machine.backend().status == "fail"
     monkeypatch.setattr(torch._dynamo, "list_backends", lambda: ["inductor"])
     assert "not installed" in machine.backend().finding
+
+
+def test_inductor_compiles_and_is_not_switched_off() -> None:
+    assert machine.inductor("cpu") == Check("Inductor on cpu", "ok", "compiles")
+    with torch._dynamo.config.patch(disable=True):
+        check = machine.inductor("cpu")
+    assert check.status == "fail"
+    assert check.advice
 
 
 def test_no_compiler() -> None:

@@ -26,8 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """0 if nothing failed, 1 otherwise."""
     start = time.perf_counter()
-    logging.getLogger("quartet_compile").setLevel(logging.ERROR)  # what it would say once is said by the checks
-    checks = examine(self_test=not arguments.no_self_test)
+    log = logging.getLogger("quartet_compile")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what it would say once is said by the checks
+    try:
+        checks = examine(self_test=not arguments.no_self_test)
+    finally:
+        log.setLevel(level)
     seconds, counts = time.perf_counter() - start, Counter(check.status for check in checks)
     if arguments.json:
         print_json({"checks": [asdict(check) for check in checks], "failed": counts["fail"], "seconds": round(seconds, 1)})

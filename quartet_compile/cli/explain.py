@@ -66,10 +66,12 @@ def explained(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
 
     from quartet_compile.capture import explain
     from quartet_compile.options import split_options
+    from quartet_compile.passes import compat
 
     try:
-        split_options(options)
-    except (ValueError, TypeError) as error:
+        ours, others = split_options(options)
+        compat.inductor_settings(ours.mode, others)
+    except (ValueError, TypeError, RuntimeError) as error:  # which torch raises for unknown options
         raise UserError(str(error)) from error
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here (quartet doctor tells why). --device meta needs none")
@@ -147,11 +149,18 @@ def mode(arguments: argparse.Namespace, model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_what_to_do(device: str) -> Iterator[None]:
-    """A model that reads numbers cannot be run without them."""
+    """A model that reads numbers cannot be run without them; quartet.strict stops at what cannot be rewritten."""
+    from torch._dynamo.exc import BackendCompilerFailed
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException
+
+    from quartet_compile.passes.place import UnsupportedLinear
 
     try:
         yield
+    except BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, UnsupportedLinear):
+            raise
+        raise UserError(str(error.inner_exception)) from error
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
         if device != "meta":
             raise

@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from quartet_compile.cli.output import UserError, fancy, print_columns, print_json
+from quartet_compile.cli.output import UserError, print_columns, print_json
 
 DEMO = "train_gpt"
 
@@ -45,9 +45,7 @@ def list_benchmarks(there: dict[str, Path], as_json: bool) -> int:
         return 0
     print_columns(rows, ("benchmark", "what it tells"))
     print("\nquartet bench NAME --quick takes about a minute; NAME --help says more. On several GPUs: torchrun --nproc-per-node N PATH,")
-    print(f"with PATH in {folder('benchmarks')}.")
-    if not fancy():
-        print("On a machine without a GPU, --cpu runs a smoke test of those that measure time.")
+    print(f"with PATH in {folder('benchmarks')}. Without a GPU, --cpu runs a smoke test of those that measure time.")
     return 0
 
 
