@@ -20,7 +20,7 @@ from quartet_compile.passes.products import is_product
 from quartet_compile.passes.provenance import Kind, origins
 from quartet_compile.passes.rewrite import Rewritten
 from quartet_compile.passes.site import Site
-from quartet_compile.report import LinearReport, OtherProduct
+from quartet_compile.reports import LinearReport, OtherProduct
 
 aten, quartet = torch.ops.aten, torch.ops.quartet
 

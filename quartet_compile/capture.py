@@ -30,7 +30,7 @@ from quartet_compile.passes import compat
 from quartet_compile.passes.locate import ROOT_NAME
 from quartet_compile.passes.pipeline import Result, run
 from quartet_compile.passes.place import SET_RECIPE, Scope
-from quartet_compile.report import GraphReport, LinearReport, Report
+from quartet_compile.reports import GraphReport, LinearReport, Report
 from quartet_compile.source import source
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from quartet_compile.capture import GraphCapture
 from quartet_compile.compilations import Compilation, compilations
 from quartet_compile.names import parameter_paths
-from quartet_compile.report import GraphReport, Report
+from quartet_compile.reports import GraphReport, Report
 
 
 def report(compiled: Callable[..., Any]) -> Report:

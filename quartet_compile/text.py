@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from quartet_compile.report import LinearReport, Report
+from quartet_compile.reports import LinearReport, Report
 
 HEADER = ("linear", "source", "T x I -> O", "recipe", "decided by", "rewritten", "input saved")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import quartet_compile as quartet
 from quartet_compile import backend, compilations
 from quartet_compile.passes.pipeline import Result
-from quartet_compile.report import GraphReport, Report
+from quartet_compile.reports import GraphReport, Report
 
 
 def plain(graph: GraphReport) -> GraphReport:
