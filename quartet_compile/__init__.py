@@ -1,15 +1,17 @@
 """Train unchanged PyTorch models in NVFP4: ``torch.compile(model, backend="quartet")``.
 
 Importing this package is needed only for what goes beyond that line: `recipe` and `set_recipe` choose recipes, `explain` tells what
-would be rewritten.
+would be rewritten, `suggest` what is better left alone.
 """
 
 from quartet_compile.capture import explain
 from quartet_compile.marks import RecipeHandle, recipe, set_recipe
 from quartet_compile.passes.place import UnsupportedLinear
 from quartet_compile.passes.recipe import Cell, Product, Recipe
+from quartet_compile.ranking import suggest
 from quartet_compile.recipes import RECIPES
 from quartet_compile.report import Report
+from quartet_compile.suggestion import Suggestion
 
 __version__ = "0.1.0"
 
@@ -20,8 +22,10 @@ __all__ = [
     "Recipe",
     "RecipeHandle",
     "Report",
+    "Suggestion",
     "UnsupportedLinear",
     "explain",
     "recipe",
     "set_recipe",
+    "suggest",
 ]
