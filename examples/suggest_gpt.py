@@ -2,7 +2,8 @@
 
     python examples/train_gpt.py
     python examples/suggest_gpt.py                              # the model trained in NVFP4, in runs/tiny
-    python examples/suggest_gpt.py --recipe baseline --by kind
+    python examples/suggest_gpt.py --by kind
+    python examples/suggest_gpt.py --include lm_head            # with the output head in NVFP4, too, which the defaults leave alone
 
 Half of the batches go to `quartet.suggest`. With the other half the suggestion is checked as a user would apply it: the model is compiled
 three times, without NVFP4, with it, and with the suggested linears left out.
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder of the run (default: runs/tiny)")
     parser.add_argument("--recipe", default="quartet2", help="which of its trainings (default: quartet2)")
     parser.add_argument("--by", choices=["linear", "kind", "block"], default="linear")
+    parser.add_argument("--include", nargs="*", default=[], metavar="GLOB", help="linears that the defaults leave alone")
     parser.add_argument("--budget", type=float, default=0.2, help="share of the FLOPs in NVFP4 to give up at most (default: 0.2)")
     parser.add_argument("--batches", type=int, default=64, help="of validation text, half of them for the check (default: 64)")
     args = parser.parse_args()
@@ -46,20 +48,20 @@ def main() -> None:
     batches = [tuple(part.to(settings.device) for part in batch) for batch in text]
 
     with autocast(settings):
-        suggestion = quartet.suggest(model, batches[::2], by=args.by, budget=args.budget)
+        suggestion = quartet.suggest(model, batches[::2], by=args.by, budget=args.budget, options={"quartet.include": args.include})
     print(suggestion)
 
-    def losses(backend: str, options: dict | None = None) -> list[float]:
+    def losses(backend: str, **options: list[str]) -> list[float]:
         torch._dynamo.reset()
-        compiled = torch.compile(model, backend=backend, options=options)
+        compiled = torch.compile(model, backend=backend, options={f"quartet.{key}": value for key, value in options.items()})
         with torch.no_grad(), autocast(settings):
             return [compiled(*batch).item() for batch in batches[1::2]]
 
-    plain, quantized = losses("inductor"), losses("quartet")
+    plain, quantized = losses("inductor"), losses("quartet", include=args.include)
     print(f"\non {len(plain)} batches that it has not seen:")
     print(f"  NVFP4 costs                     {difference(quantized, plain)}")
     if suggestion.exclude:
-        left_out = losses("quartet", {"quartet.exclude": [*suggestion.exclude]})
+        left_out = losses("quartet", include=args.include, exclude=[*suggestion.exclude])
         print(f"  with the suggestion left out    {difference(left_out, plain)}")
         print(f"  so leaving it out takes away    {difference(quantized, left_out)}")
 

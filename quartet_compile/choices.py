@@ -36,6 +36,9 @@ from quartet_compile.passes.share import share
 from quartet_compile.passes.site import Site
 from quartet_compile.report import LinearReport
 
+RECOMPILES = 64
+"""How many forms of a piece of code may be captured: of batches of other shapes, and of layers that are not alike."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -133,7 +136,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
-    limits = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    limits = torch._dynamo.config.patch(recompile_limit=RECOMPILES, fail_on_recompile_limit_hit=True)
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)

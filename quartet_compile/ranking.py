@@ -157,7 +157,7 @@ def _sets(candidates: Sequence[Candidate], budget: float) -> list[list[Candidate
     costly.sort(key=lambda c: c.loss.value / c.flops if c.flops else math.inf, reverse=True)
     fitting, beyond, spent = [], [], 0.0
     for candidate in costly:
-        if spent + candidate.flops <= budget:
+        if _within(spent + candidate.flops, budget):
             fitting.append(candidate)
             spent += candidate.flops
         else:
@@ -167,9 +167,13 @@ def _sets(candidates: Sequence[Candidate], budget: float) -> list[list[Candidate
     return [(fitting + beyond)[:size] for size in sorted(sizes)]
 
 
+def _within(flops: float, budget: float) -> bool:
+    return flops <= budget + 1e-9  # shares are sums of rounded numbers
+
+
 def _choose(exclusions: Sequence[Exclusion], budget: float) -> Exclusion | None:
     """Of the sets within the budget that clearly recover something, the smallest that is within a standard error of the best."""
-    eligible = [e for e in exclusions if e.flops <= budget and e.recovered.clear and e.recovered.value > 0]
+    eligible = [e for e in exclusions if _within(e.flops, budget) and e.recovered.clear and e.recovered.value > 0]
     if not eligible:
         return None
     best = max(eligible, key=lambda e: e.recovered.value).recovered
@@ -190,7 +194,7 @@ def _why_no_list(
         return ["the loss is lower in NVFP4 on these batches: there is nothing to leave out"]
     if not exclusions:
         return ["no loss of a single one is clear of noise, so nothing is suggested: give more batches, or rank by kind or block"]
-    if all(e.flops > budget for e in exclusions):
+    if not any(_within(e.flops, budget) for e in exclusions):
         return [f"nothing that clearly costs loss fits into budget={budget:g}"]
     return ["what the sets within the budget recover is not clear of noise on the other batches, so nothing is suggested"]
 

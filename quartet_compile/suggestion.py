@@ -123,11 +123,13 @@ class Suggestion:
             lines += ["", *_table([header, *rows])]
         if noise := [c for c in self.candidates if not c.loss.clear]:
             limit = max(abs(c.loss.value) for c in noise)
-            lines.append(f"  {len(noise)} not clear of noise, at most {limit:.5f}: {_listed([c.name for c in noise])}")
+            lines.append(f"  not clear of noise ({limit:.5f} at most): {_listed([c.name for c in noise])}")
+        if chance := round(len(self.candidates) / 20):
+            lines.append(f"  of {len(self.candidates)} that cost nothing, about {chance} would look clear of noise")
         return lines
 
     def _left_out(self) -> list[str]:
-        header = ("left out", "up to", "recovers of the gap", "costs of NVFP4's FLOPs", "kept bytes", "")
+        header = ("left out", "the last one", "recovers of the gap", "costs of NVFP4's FLOPs", "kept bytes", "")
         rows = [
             (str(len(e.candidates)), e.candidates[-1], f"{e.recovered:.0%}", f"{e.flops:.1%}", _signed_bytes(e.bytes),
              "<- suggested" if e is self.chosen else "")
@@ -146,8 +148,8 @@ class Suggestion:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:4])
-    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+    shown = ", ".join(names[:2])
+    return shown if len(names) <= 2 else f"{shown} and {len(names) - 2} more"
 
 
 def _signed_bytes(n: int) -> str:
