@@ -191,8 +191,9 @@ class GraphWithChoices:
         graph, copies = Graph(), dict[Node, Node]()
         graph.output(graph.graph_copy(self.gm.graph, copies))
         for choice in self.choices:
-            (plain, _), copy = choice.args, copies[choice]
-            copy.replace_all_uses_with(copy.args[wanted[plain]])
+            plain, rewritten = choice.all_input_nodes
+            copy = copies[choice]
+            copy.replace_all_uses_with(copies[rewritten if wanted[plain] else plain])
             graph.erase_node(copy)
         graph.eliminate_dead_code()
         self._module, self._chosen = GraphModule(self.gm, graph), list(quantized)

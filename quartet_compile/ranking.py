@@ -23,7 +23,7 @@ from quartet_compile.passes.place import covers
 from quartet_compile.suggestion import By, Candidate, Exclusion, Mean, Measure, Suggestion, mean, ratio
 
 SETS = 8
-"""How many sets are tried at most."""
+"""How many sets are tried at most, beside the largest one within the budget."""
 
 Loss = Callable[[Any, Any], Any]
 
@@ -46,7 +46,7 @@ def suggest(
     quantized ("left out"): the first is less noisy, the second sees how linears act on each other. options: as for torch.compile; what
     they or the model's code leave alone is no candidate.
 
-    It costs n + 2 runs over half of the batches for n linears, kinds or blocks, and at most 10 over the other half. Only the forward
+    It costs n + 2 runs over half of the batches for n linears, kinds or blocks, and at most 11 over the other half. Only the forward
     pass is measured, with the model in evaluation mode: rounding in the backward pass is unbiased noise, which changes a training only
     over many steps. Parameters, buffers, mode, random state and earlier compilations are left as they were.
 
@@ -67,11 +67,11 @@ def suggest(
     runs = _Runs(root, Choosing(root, ours), loss or default_loss)
     first, second = given[::2], given[1::2]
 
+    plain = runs.losses(first, frozenset()), runs.losses(second, frozenset())
     quantized = runs.losses(first), runs.losses(second)
     names = runs.names()
     if not names:
         raise ValueError("quartet.suggest: no linear of this model is quantized; print(quartet.explain(model, ...)) tells why")
-    plain = runs.losses(first, frozenset()), runs.losses(second, frozenset())
     gap = mean(_differences([*quantized[0], *quantized[1]], [*plain[0], *plain[1]]))
 
     def cost(linears: Sequence[str]) -> Mean:
@@ -144,7 +144,8 @@ def block_of(name: str) -> str:
 
 
 def _groups(names: Sequence[str], by: By) -> dict[str, tuple[str, ...]]:
-    key = {"linear": str, "kind": kind_of, "block": block_of}[by]
+    keys: dict[By, Callable[[str], str]] = {"linear": str, "kind": kind_of, "block": block_of}
+    key = keys[by]
     groups: dict[str, tuple[str, ...]] = {}
     for name in names:
         groups[key(name)] = (*groups.get(key(name), ()), name)
@@ -217,10 +218,10 @@ class _Runs:
         self.choosing.quantized = quantized
         with measuring(self.model):
             losses = [self._loss(batch) for batch in batches]
-        for number, loss in enumerate(losses):
+        for loss in losses:
             if not math.isfinite(loss):
-                how = "all linears" if quantized is None else f"{len(quantized)} linears"
-                raise ValueError(f"quartet.suggest: the loss is {loss} with {how} in NVFP4 (number {number} of {len(batches)} batches)")
+                how = "all linears in NVFP4" if quantized is None else f"{', '.join(sorted(quantized)) or 'nothing'} in NVFP4"
+                raise ValueError(f"quartet.suggest: the loss of a batch is {loss} with {how}")
         if quantized is None:
             self.uses += self.choosing.uses
             self.batches += len(batches)
@@ -284,7 +285,8 @@ class _Runs:
 def _reaching(chosen: Sequence[str], others: Sequence[str], names: Sequence[str], by: By) -> tuple[str, ...]:
     """The shortest list of globs over `names` that covers all of `chosen` and none of `others`; empty if there is none."""
     unique = list(dict.fromkeys(names))
-    for key in ([block_of] if by == "block" else []) + [kind_of, str]:
+    keys: list[Callable[[str], str]] = [kind_of, str]
+    for key in [block_of, *keys] if by == "block" else keys:
         globs = tuple(dict.fromkeys(_glob(name, key, unique, others) for name in unique))
         if all(any(covers(g, name) for g in globs) for name in chosen) and not any(covers(g, name) for g in globs for name in others):
             return globs
