@@ -34,6 +34,9 @@ REWRITTEN: dict[Any, Any] = {
 }  # fmt: skip
 """The operators that are rewritten, and the operator that their gradients are."""
 
+KEPT_WHOLE = {*REWRITTEN, aten.mv.default}
+"""The operators that must not be decomposed before they are counted (`vectors`)."""
+
 
 def match(graph: Graph, parameters: Mapping[int, str], embedded: Set[int] = frozenset()) -> list[Site | Unsupported]:
     """Every linear of the graph in its order. Changes nothing.
@@ -57,7 +60,9 @@ def match(graph: Graph, parameters: Mapping[int, str], embedded: Set[int] = froz
             found += entering(node, origin, parameters)
         elif is_product(node):
             # A product without gradients has the number of the differentiable one before it, so the first one owns what carries it.
-            found += _match_product(node, origin, parameters, gradients.pop(node.meta.get("seq_nr", -1), []), tables)
+            own = gradients.pop(node.meta.get("seq_nr", -1), [])
+            for linear in _match_product(node, origin, parameters, own, tables):
+                found.append(replace(linear, gradients=tuple(own)) if isinstance(linear, Unsupported) else linear)
     return found
 
 

@@ -43,6 +43,10 @@ class PackedNodes(NamedTuple):
     tensor_scale: Node
 
 
+Rewritten = dict[Node, dict[Batch, Node]]
+"""Each product that went, and what came in its place: of a batched one, a product for each matrix."""
+
+
 def put_in_place(graph: Graph, old: Node, new: Node) -> None:
     """Let a rewritten product take the place of the plain one."""
     old.replace_all_uses_with(new)
@@ -54,13 +58,13 @@ def put_in_place(graph: Graph, old: Node, new: Node) -> None:
 
 def rewrite(
     graph: Graph, placed: Sequence[tuple[Site, Recipe]], put: Callable[[Graph, Node, Node], None] = put_in_place
-) -> None:  # fmt: skip
+) -> Rewritten:  # fmt: skip
     """Rewrite the products of the placed sites. put: called for each plain product with the node that is to stand for it.
 
     All new nodes are built before the first old one goes, so an error leaves the graph as it was.
     """
     writer = Writer(graph)
-    results: dict[Node, dict[Batch, Node]] = {}
+    results: Rewritten = {}
     try:
         order = {node: i for i, node in enumerate(graph.nodes)}
         backward: list[tuple[Node, Batch, Callable[[], Node]]] = []
@@ -83,9 +87,10 @@ def rewrite(
     for old, new in replacements.items():
         put(graph, old, new)
     graph.eliminate_dead_code()
+    return results
 
 
-def _claim(results: dict[Node, dict[Batch, Node]], product: Node, batch: Batch, result: Node) -> None:
+def _claim(results: Rewritten, product: Node, batch: Batch, result: Node) -> None:
     parts = results.setdefault(product, {})
     if batch in parts:
         raise AssertionError(f"two linears claim one product, {product.name}")

@@ -19,8 +19,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import Graph, GraphModule, Node
 
 from quartet_compile import embeddings
+from quartet_compile.account import _packed_bytes
 from quartet_compile.backend import Decompositions, active_scope, only_in_scope, parameter_names
-from quartet_compile.capture import _buffers_restored, _fresh_callable, _packed_bytes
+from quartet_compile.capture import _buffers_restored, _fresh_callable
 from quartet_compile.flops import hint
 from quartet_compile.kernels.format import ROTATION, ceil_to
 from quartet_compile.kernels.grouped_ops import padded_rows
@@ -116,7 +117,7 @@ class Choosing:
             weights = {name: args[index] for index, name in parameters.items()}
             key = tuple(map(id, weights.values()))  # a parameter of the model lives as long as we do; any other tensor has no name
             if key not in names:
-                names[key] = [graph.names_in_model(weights, self._paths) for graph in graphs]
+                names[key] = [graph.names_in_model(weights, self.model, self._paths) for graph in graphs]
             for graph, own in zip(graphs, names[key], strict=True):
                 if self.quantized is None:
                     self._calls += 1
@@ -172,13 +173,16 @@ class GraphWithChoices:
         self._chosen: list[bool] = []
         self._module = gm
 
-    def names_in_model(self, weights: Mapping[str, Tensor], paths: Mapping[Tensor, list[str]]) -> list[str]:
-        """The names of its linears, one for each decision, when it is called with these parameters."""
+    def names_in_model(self, weights: Mapping[str, Tensor], model: nn.Module, paths: Mapping[Tensor, list[str]]) -> list[str]:
+        """The names of its linears, one for each decision, when it is called with these parameters. paths: the model's parameters."""
         entered = Entered()
         for name, weight in weights.items():
-            entered.add(weight, name)
+            if weight in paths:
+                entered.add(weight, name)
         places = [d.linear.place for d in self.decisions]
-        return [entered.in_model(LinearReport(at.name, at.source, None, "", ""), paths).name for at in places]
+        names = [entered.in_model(LinearReport(at.name, at.source, None, "", ""), paths).name for at in places]
+        entered.forget(model)
+        return names
 
     def uses(self, names: Sequence[str], call: int) -> list[Use]:
         return [_use(decision, name, call) for decision, name in zip(self.decisions, names, strict=True)]

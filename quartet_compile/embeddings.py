@@ -9,14 +9,15 @@ function that breaks the graph in a loop to eager code, and its lookup with it: 
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import GraphModule, Node
+
+from quartet_compile.circumstances import modules_being_called
 
 aten = torch.ops.aten
 
@@ -30,22 +31,13 @@ LOOKUPS: dict[Any, int] = {
 
 def mark_all(gm: GraphModule, example_inputs: Sequence[Any]) -> list[int]:
     """Mark what is known to be a table when a Dynamo graph is compiled. Returns the indices of its own ones among its inputs."""
-    for module in _being_called():
+    for module in modules_being_called():
         for part in module.modules():
             if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
                 mark([part._parameters.get("weight")], [0])
     indices = _tables(gm)
     mark(example_inputs, indices)
     return indices
-
-
-def _being_called() -> Iterator[nn.Module]:
-    """The modules whose calls are on the stack. Of other functions no locals are read: Python would keep them until the function ends."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code is nn.Module._wrapped_call_impl.__code__:
-            yield frame.f_locals["self"]
 
 
 def _tables(gm: GraphModule) -> list[int]:

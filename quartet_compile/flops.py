@@ -1,4 +1,4 @@
-"""Floating point operations of all products of a graph: linears, attention, whatever torch has a formula for, and what it lacks."""
+"""Floating point operations of a product: of a linear, of attention, of whatever torch has a formula for, and what it lacks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -33,19 +33,24 @@ MISSING: dict[Any, Callable[..., Any]] = {
 """Formulas that `torch.utils.flop_counter` has not, in some versions."""
 
 
-def product_flops(graph: Graph) -> int:
-    """Of one run of a graph, sizes as in its example; those that depend on data count as 0."""
-    return sum(hint(_flops(node)) for node in graph.nodes)
+def has_formula(node: Node) -> bool:
+    """Whether torch counts the operations of a node: products, convolutions and attention."""
+    return _formula(node) is not None
 
 
-def _flops(node: Node) -> Any:
-    packet = getattr(node.target, "overloadpacket", None)
-    formula = flop_registry.get(packet) or MISSING.get(packet)
-    if node.op != "call_function" or formula is None:
+def flops_of(node: Node) -> int:
+    """Of one node; 0 where there is no formula."""
+    formula = _formula(node)
+    if formula is None:
         return 0
     args: Any = map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Any = map_arg(node.kwargs, lambda n: n.meta["val"])
-    return formula(*args, **kwargs, out_val=node.meta["val"])
+    return hint(formula(*args, **kwargs, out_val=node.meta["val"]))
+
+
+def _formula(node: Node) -> Callable[..., Any] | None:
+    packet = getattr(node.target, "overloadpacket", None)
+    return flop_registry.get(packet) or MISSING.get(packet) if node.op == "call_function" else None
 
 
 def hint(n: int | torch.SymInt) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ class LinearReport:
     those that were rewritten, of "y", "dx", "dw". reason, left_because: why it was left alone, and which class of reason that is.
     saved_before, saved_after: bytes kept for the backward pass for its input, 0 where another linear already keeps the same input;
     checkpointing is not counted here, only in the totals. weight_bytes: the packed weight that is kept on top of the parameter. flops: of
-    its products, rewritten or not, 2 T I O each.
+    its products, rewritten or not, 2 T I O each. dtype: of its input. before: the nodes of its products in the unchanged graphs. after: in
+    the rewritten ones, the nodes of its products and of their quantizers, some of which serve other linears, too.
     """
 
     name: str
@@ -38,6 +38,9 @@ class LinearReport:
     weight_bytes: int = 0
     also: tuple[str, ...] = ()
     flops: int = 0
+    dtype: str = ""
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
     @property
     def flops_in_nvfp4(self) -> int:
@@ -51,24 +54,71 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class OtherProduct:
+    """A product that belongs to no linear: of two activations, as in attention, or a convolution.
+
+    node: its name in the graph, before and after. operator: such as "aten.bmm.default". module: the one whose code it is in. shape: of its
+    (first) result. backward: whether it is in the backward pass.
+    """
+
+    node: str
+    operator: str
+    module: str
+    source: str
+    shape: tuple[int, ...]
+    backward: bool
+    flops: int
+
+
+@dataclass(frozen=True)
 class GraphReport:
-    """One captured graph: its linears, what its forward keeps for its backward in bytes (activations, and tensors made of parameters),
-    before and after rewriting, both rewritten graphs as Python source (backward is empty in inference), and the floating point operations
-    of all products in both, those of no linear included."""
+    """One captured graph.
+
+    linears, others: every product belongs to a linear or is one of the others. products: how many there are, forward and backward, before
+    rewriting. flops: of all of them. activations_before, ...: what its forward keeps for its backward, in bytes: activations, and tensors
+    made of parameters, before and after rewriting. forward, backward: the rewritten graphs as Python files (`source`); backward is empty in
+    inference. forward_before, backward_before: the unchanged ones. compile_id: of torch, "frame/compilation". graph_break: why the graph
+    ends before its function does, and where. recompiled: which guard failed, if the frame was compiled before. cached: torch's cache had
+    it. superseded: the same code was compiled again later, for the same modules; such a graph counts in no total.
+    """
 
     linears: tuple[LinearReport, ...]
+    others: tuple[OtherProduct, ...]
+    products: int
+    flops: int
     activations_before: int
     activations_after: int
     weights_before: int
     weights_after: int
     forward: str
     backward: str
-    flops: int
+    forward_before: str
+    backward_before: str
+    compile_id: str = ""
+    graph_break: str = ""
+    recompiled: str = ""
+    cached: bool = False
+    superseded: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing about how it came about."""
+        notes = (
+            (self.graph_break, f"ends at a graph break: {self.graph_break}"),
+            (self.recompiled, f"was compiled again, because {self.recompiled}"),
+            (self.superseded, "is not counted: a later compilation took its place"),
+            (self.cached, "came from torch's cache"),
+        )
+        return tuple(note for true, note in notes if true)
 
     @property
     def modules(self) -> int:
         """How many modules of the model it serves, as far as its linears tell."""
         return max((len(linear.names) for linear in self.linears), default=1)
+
+
+SOURCES = ("forward_before", "forward", "backward_before", "backward")
+"""The fields of a `GraphReport` that are Python files."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +136,18 @@ class Report:
 
     @property
     def linears(self) -> tuple[LinearReport, ...]:
-        """The linears of all graphs, in order."""
-        return tuple(linear for graph in self.graphs for linear in graph.linears)
+        """The linears of all graphs that are in use, in order."""
+        return tuple(linear for graph in self.current for linear in graph.linears)
+
+    @property
+    def current(self) -> tuple[GraphReport, ...]:
+        """The graphs that no later compilation took the place of."""
+        return tuple(graph for graph in self.graphs if not graph.superseded)
+
+    @property
+    def others(self) -> tuple[OtherProduct, ...]:
+        """The products of no linear, in order."""
+        return tuple(product for graph in self.current for product in graph.others)
 
     @property
     def rewritten(self) -> tuple[LinearReport, ...]:
@@ -102,12 +162,12 @@ class Report:
     @property
     def flops_in_nvfp4(self) -> int:
         """Of the products that were rewritten."""
-        return sum(graph.modules * linear.flops_in_nvfp4 for graph in self.graphs for linear in graph.linears)
+        return sum(graph.modules * linear.flops_in_nvfp4 for graph in self.current for linear in graph.linears)
 
     @property
     def flops_of_others(self) -> int:
         """Of the other products than those of linears: of two activations, as in attention, or in a form that is not rewritten."""
-        return self.flops - sum(graph.modules * linear.flops for graph in self.graphs for linear in graph.linears)
+        return sum(graph.modules * product.flops for graph in self.current for product in graph.others)
 
     @property
     def saved_bytes_before(self) -> int:
@@ -130,74 +190,33 @@ class Report:
         return self._total("weights_after")
 
     def _total(self, what: str) -> int:
-        return sum(graph.modules * getattr(graph, what) for graph in self.graphs)
+        return sum(graph.modules * getattr(graph, what) for graph in self.current)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the source of the graphs, as plain data."""
         data = dataclasses.asdict(self)
         for graph in data["graphs"]:
-            del graph["forward"], graph["backward"]
+            for source in SOURCES:
+                del graph[source]
         bytes_kept = ("saved_bytes_before", "saved_bytes_after", "weight_bytes_before", "weight_bytes_after")
         totals = ("flops", "flops_in_nvfp4", "flops_of_others", *bytes_kept)
         return data | {name: getattr(self, name) for name in totals}
 
     def write_graphs(self, folder: str | Path) -> list[Path]:
-        """Write the rewritten graphs as readable Python, graph0_forward.py, graph0_backward.py, ..., and return their paths."""
+        """Write all graphs as Python files that can be read and run, and return their paths: graph0_forward_before.py,
+        graph0_forward.py, graph0_backward_before.py, graph0_backward.py, ..."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         written = []
         for i, graph in enumerate(self.graphs):
-            for name, source in (("forward", graph.forward), ("backward", graph.backward)):
-                if source:
+            for name in SOURCES:
+                if text := getattr(graph, name):
                     path = folder / f"graph{i}_{name}.py"
-                    path.write_text(source)
+                    path.write_text(text)
                     written.append(path)
         return written
 
     def __str__(self) -> str:
-        rewritten, found = (sum(len(linear.names) for linear in some) for some in (self.rewritten, self.linears))
-        lines = [f"quartet: {rewritten} of {found} linears in NVFP4, {len(self.graphs)} graph(s)", ""]
-        header = ("linear", "source", "T x I -> O", "recipe", "decided by", "rewritten", "input saved")
-        lines += _table([header, *(_row(linear) for linear in self.linears)])
-        for linear in self.linears:
-            if not linear.products:
-                lines.append(f"  left: {linear.name}: {linear.reason} [{linear.left_because}]")
-        lines += [f"  not found: no product in a captured graph belongs to {name}" for name in self.not_captured]
-        lines += [f"  {option}: {glob!r} matches no linear" for option, glob in self.unmatched]
-        lines.append("")
-        if self.flops:
-            ours, others = self.flops_in_nvfp4 / self.flops, self.flops_of_others / self.flops
-            lines.append(
-                f"floating point operations of products: {_scaled(self.flops)}, {ours:.1%} in NVFP4, "
-                f"{1 - ours - others:.1%} of linears left, {others:.1%} of others (attention)"
-            )
-        lines.append(
-            f"kept for the backward pass: activations {_bytes(self.saved_bytes_before)} -> {_bytes(self.saved_bytes_after)}, "
-            f"weights beside the parameters {_bytes(self.weight_bytes_before)} -> {_bytes(self.weight_bytes_after)}"
-        )
-        return "\n".join(lines)
+        from quartet_compile.text import text  # which reads the classes of this file
 
-
-def _row(linear: LinearReport) -> tuple[str, ...]:
-    shape = "" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]} -> {linear.shape[2]}"
-    saved = ""
-    if linear.saved_before or linear.saved_after:
-        saved = f"{_bytes(linear.saved_before)} -> {_bytes(linear.saved_after)}"
-    elif "dw" in linear.products:
-        saved = "shared"
-    name = f"{linear.name} (and {len(linear.also)} more)" if linear.also else linear.name
-    return name, linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
-
-
-def _bytes(n: int) -> str:
-    return f"{n} B" if n < 1024 else f"{n / 1024:.1f} KiB" if n < 1024**2 else f"{n / 1024**2:.1f} MiB"
-
-
-def _scaled(n: int) -> str:
-    steps = min(4, (len(str(n)) - 1) // 3)
-    return f"{n / 1000**steps:.3g}{('', ' K', ' M', ' G', ' T')[steps]}"
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return text(self)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from quartet_compile.report import _bytes, _table
+from quartet_compile.text import _bytes, _table
 
 By = Literal["linear", "kind", "block"]
 Measure = Literal["alone", "left out"]

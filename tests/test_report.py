@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import quartet_compile as quartet
 from quartet_compile.capture import GraphCapture
 from quartet_compile.options import Options
+from quartet_compile.text import brief
 
 
 class Attention(nn.Module):
@@ -72,7 +75,7 @@ lm_head       test_report.py:N  128 x 64 -> 80  bf16      default     -         
   not found: no product in a captured graph belongs to unused
   quartet.exclude: 'x.*' matches no linear
 
-floating point operations of products: 23.2 M, 54.2% in NVFP4, 32.2% of linears left, 13.6% of others (attention)
+floating point operations of products: 23.2 M, 54.2% in NVFP4, 32.2% of linears left, 13.6% of 6 other products (attention)
 kept for the backward pass: activations BEFORE -> AFTER, weights beside the parameters BEFORE -> AFTER""")
 
 
@@ -188,9 +191,39 @@ def test_to_dict_is_plain_data_and_graphs_are_written_as_readable_files(tmp_path
     assert [linear["name"] for linear in data["graphs"][0]["linears"]][:3] == ["layers.0.q", "layers.0.k", "layers.0.v"]
     assert data["saved_bytes_after"] == report.saved_bytes_after
     paths = report.write_graphs(tmp_path / "graphs")
-    assert [p.name for p in paths] == ["graph0_forward.py", "graph0_backward.py"]
-    assert "torch.ops.quartet.quantize.default" in paths[0].read_text()
-    compile(paths[1].read_text(), str(paths[1]), "exec")
+    assert [p.stem for p in paths] == ["graph0_forward_before", "graph0_forward", "graph0_backward_before", "graph0_backward"]
+    assert "torch.ops.quartet.quantize.default" in paths[1].read_text()
+    assert "quartet." not in paths[0].read_text().partition("class GraphModule")[2]
+
+
+def run_graph(path: Path) -> list[str]:
+    return subprocess.run([sys.executable, str(path)], check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+class Branching(nn.Module):
+    """Constants, a branch and a size that is not known when compiling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 128)
+        self.register_buffer("scale", torch.arange(1.0, 4.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cond(x.sum() > 0, lambda y: y.sin(), lambda y: y.cos(), (self.up(x),))
+        return y.relu() @ torch.tensor([[0.5]] * 128) * self.scale
+
+
+def test_graphs_are_files_that_run(tmp_path: Path) -> None:
+    """Before and after, forward and backward: they print the shapes of what they compute."""
+    x = torch.randn(24, 64, requires_grad=True)
+    torch._dynamo.mark_dynamic(x, 0)
+    report = quartet.explain(Branching(), x)
+    paths = report.write_graphs(tmp_path)
+    printed = {path.stem: run_graph(path) for path in paths}
+    assert printed["graph0_forward"][0] == printed["graph0_forward_before"][0] == "(24, 3)"
+    gradients = ["(24, 64)", "(128, 64)", "(128,)"]
+    for name in ("graph0_backward", "graph0_backward_before"):
+        assert [line for line in printed[name] if line.startswith("(")] == gradients
 
 
 def test_inference_has_forward_products_only() -> None:
@@ -286,7 +319,28 @@ def test_one_line_for_a_graph_that_serves_several_modules() -> None:
     (linear,) = report.linears
     assert (linear.name, linear.also) == ("0.up", ("1.up", "2.up"))
     assert "quartet: 3 of 3 linears" in str(report)
-    assert "0.up (and 2 more)" in str(report)
+    assert "0-2.up " in str(report)
     assert report.flops == report.flops_in_nvfp4 == 3 * linear.flops
     assert report.saved_bytes_after == 3 * report.graphs[0].activations_after
     assert report.not_captured == ()
+
+
+def test_layers_that_are_alike_share_a_line() -> None:
+    layers = [SwiGLU() for _ in range(3)] + [SwiGLU(128)]
+    model = nn.Sequential(nn.Linear(64, 64), *layers, nn.Linear(64, 8))
+    report = quartet.explain(model, torch.randn(8, 64))
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines[3:11]] == ["0", "1-3.gate", "1-3.up", "1-3.down", "4.gate", "4.up", "4.down", "5"]
+    assert lines[0] == "quartet: 13 of 14 linears in NVFP4, 1 graph(s)"
+    assert brief(["a.0.b", "a.2.b", "a.3.b"]) == "a.0.b (and 2 more)"
+    assert brief(["a.1.b", "a.0.b"]) == "a.0-1.b"
+    assert brief(["a.0.b.0", "a.1.b.1"]) == "a.0.b.0 (and 1 more)"
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden: int = 96) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, hidden), nn.Linear(64, hidden), nn.Linear(hidden, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))

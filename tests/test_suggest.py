@@ -390,6 +390,7 @@ def test_nothing_is_left_behind() -> None:
     compiled(batches[0])
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modes = {name: module.training for name, module in model.named_modules()}
+    attributes = [dict(vars(p)) for p in model.parameters()]
     generator, fused = torch.get_rng_state(), torch.backends.mha.get_fastpath_enabled()
     for _ in range(2):
         assert len(quartet.suggest(compiled, batches).candidates) == 2
@@ -400,6 +401,7 @@ def test_nothing_is_left_behind() -> None:
     assert {name: module.training for name, module in model.named_modules()} == modes
     assert not model.frozen.training
     assert all(p.grad is None for p in model.parameters())
+    assert [vars(p) for p in model.parameters()] == attributes
     assert torch.backends.mha.get_fastpath_enabled() == fused
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(batches[0])

@@ -1,0 +1,150 @@
+"""From a rewritten joint graph to the lines of a report: what every product became, and what is kept for the backward pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from quartet_compile.flops import flops_of, has_formula, hint
+from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
+from quartet_compile.kernels.grouped_ops import padded_rows
+from quartet_compile.passes.locate import locate
+from quartet_compile.passes.match import backward_nodes
+from quartet_compile.passes.operand import Batch, Operand
+from quartet_compile.passes.pipeline import Result
+from quartet_compile.passes.place import Decision
+from quartet_compile.passes.products import is_product
+from quartet_compile.passes.provenance import Kind, origins
+from quartet_compile.passes.rewrite import Rewritten
+from quartet_compile.passes.site import Site
+from quartet_compile.report import LinearReport, OtherProduct
+
+aten, quartet = torch.ops.aten, torch.ops.quartet
+
+FROM_PACKED = {quartet.matmul.default, quartet.grouped_matmul.default, quartet.grouped_outer.default, quartet.requantize.default}
+"""Operators of ours whose inputs are packed."""
+
+QUANTIZERS = {quartet.quantize.default, quartet.quantize_grad.default, quartet.requantize.default}
+
+
+def products(graph: Graph) -> dict[Node, OtherProduct]:
+    """Every product of a graph, as if it belonged to no linear. Those inside regions and opaque operators are not looked into."""
+    backward = backward_nodes(graph)
+    found = {}
+    for node in graph.nodes:
+        if is_product(node) or has_formula(node):
+            place = locate(node, [])
+            shape = tuple(hint(n) for n in _example(node).shape)
+            found[node] = OtherProduct(node.name, str(node.target), place.name, place.source, shape, node in backward, flops_of(node))
+    return found
+
+
+def _example(node: Node) -> torch.Tensor:
+    """The result of a node, or the first of several."""
+    return next(v for v in torch.utils._pytree.tree_leaves(node.meta["val"]) if isinstance(v, torch.Tensor))
+
+
+def lines(result: Result, found: Mapping[Node, OtherProduct]) -> tuple[tuple[LinearReport, ...], tuple[OtherProduct, ...]]:
+    """(a line for each linear, the products of no linear). found: the `products` of the graph before it was rewritten."""
+    seen: set[Operand] = set()
+    lines, claimed = [], set()
+    for decision, own in zip(result.decisions, result.products, strict=True):
+        claimed.update(own)
+        lines.append(_line(decision, own, seen, result, found))
+    return tuple(lines), tuple(product for node, product in found.items() if node not in claimed)
+
+
+def _line(decision: Decision, own: Iterable[Node], seen: set[Operand], result: Result, found: Mapping[Node, OtherProduct]) -> LinearReport:
+    """One line. `seen` holds the inputs that earlier linears keep already (q, k and v read the same one)."""
+    linear, recipe = decision.linear, decision.recipe
+    at, names = linear.place, tuple(node.name for node in own)
+    if not isinstance(linear, Site):
+        flops = sum(found[node].flops for node in own if node in found)
+        return LinearReport(
+            at.name, at.source, None, "bf16", decision.decided_by, (), decision.reason, decision.left_because, flops=flops, before=names,
+            after=names,
+        )  # fmt: skip
+    tokens, features_in, features_out = (hint(n) for n in linear.shape)
+    present = (("y", recipe.forward, True), ("dx", recipe.dgrad, linear.dgrad is not None), ("dw", recipe.wgrad, linear.wgrad is not None))
+    products = tuple(name for name, cells, exists in present if cells is not None and exists)
+    before = after = 0
+    if linear.wgrad is not None and linear.x not in seen:
+        seen.add(linear.x)
+        before = tokens * features_in * linear.x.base.meta["val"].element_size()
+        rows = tokens if linear.groups is None else padded_rows(tokens, linear.groups)
+        after = _packed_bytes(rows, features_in) if "dw" in products else before
+        after = 0 if linear.x in result.recomputed else after
+    outs = features_out if linear.groups is None else linear.groups * ceil_to(features_out, ROTATION)
+    weight = _packed_bytes(outs, features_in) if "dx" in products and linear.w not in result.recomputed else 0
+    dtype = str(linear.x.base.meta["val"].dtype).removeprefix("torch.")
+    return LinearReport(
+        linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
+        decision.left_because, before, after, weight, flops=2 * tokens * features_in * features_out * sum(exists for *_, exists in present),
+        dtype=dtype, before=names, after=tuple(_nodes_of(linear, result.rewritten)),
+    )  # fmt: skip
+
+
+def _packed_bytes(rows: int, columns: int) -> int:
+    padded = ceil_to(columns, GROUP)
+    return rows * (padded // 2 + padded // GROUP) + 4
+
+
+def _nodes_of(site: Site, rewritten: Rewritten) -> Iterable[str]:
+    """Names of the nodes of a linear in the rewritten graph: its products and the quantizers of their operands."""
+    found: dict[Node, None] = {}
+    waiting = [_in_place_of(product, site.batch, rewritten) for product in (site.forward, *_gradients(site))]
+    while waiting:
+        node = waiting.pop(0)
+        if node in found:
+            continue
+        found[node] = None
+        if node.target in FROM_PACKED:
+            sources = [n.all_input_nodes[0] for n in node.all_input_nodes if n.target is operator.getitem]
+            waiting += [n for n in sources if n.target in QUANTIZERS]
+        elif node.target in (quartet.take_rows.default, aten.slice.Tensor):
+            waiting += node.all_input_nodes[:1]
+    return (node.name for node in found)
+
+
+def _gradients(site: Site) -> Iterable[Node]:
+    return (g.node for g in (site.dgrad, site.wgrad) if g is not None)
+
+
+def _in_place_of(product: Node, batch: Batch, rewritten: Rewritten) -> Node:
+    """What computes a product now: itself if it was left alone."""
+    return rewritten.get(product, {}).get(batch, product)
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def kinds_of(joint: Graph, parameters: Mapping[int, str]) -> dict[str, Kind]:
+    """What the nodes of a graph are made of, by name, for `saved_bytes`."""
+    return {node.name: origin.kind for node, origin in origins(joint, parameters).items()}
+
+
+def saved_bytes(forward: GraphModule, outputs: int, kinds: Mapping[str, Kind]) -> tuple[int, int]:
+    """Bytes that a forward graph hands to its backward, graph inputs and their views not counted: (activations, made of parameters).
+
+    outputs: how many of its results go to the caller."""
+    (results,) = forward.graph.find_nodes(op="output")[0].args
+    activations = weights = 0
+    for node in dict.fromkeys(results[outputs:]):
+        if not isinstance(node, Node) or not isinstance(node.meta.get("val"), torch.Tensor) or _is_input_view(node):
+            continue
+        size = hint(node.meta["val"].numel()) * node.meta["val"].element_size()
+        if kinds.get(node.name, Kind.ACTIVATION) is Kind.ACTIVATION:
+            activations += size
+        else:
+            weights += size
+    return activations, weights
+
+
+def _is_input_view(node: Node) -> bool:
+    """True for a graph input or a view of one: keeping it costs nothing."""
+    while node.op == "call_function" and getattr(node.target, "is_view", False):
+        node = node.all_input_nodes[0]
+    return node.op == "placeholder"
