@@ -31,7 +31,7 @@ from quartet_compile.passes import compat
 from quartet_compile.passes.locate import dotted
 from quartet_compile.passes.match import match
 from quartet_compile.passes.operand import Operand
-from quartet_compile.passes.place import Decision, Policy, place
+from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, Decision, Policy, Scope, place
 from quartet_compile.passes.rewrite import rewrite
 from quartet_compile.passes.share import share
 from quartet_compile.passes.site import Site
@@ -46,14 +46,16 @@ class Use:
     """A linear in one call of a graph, quantized or not.
 
     name: in the model. name_in_graph: as the globs of options see it. module: in the model, that whose forward computes it, which is what
-    `set_recipe` sees. decided_by: who chose its recipe. rewritten: whether that recipe quantizes. flops: of its forward product. weight, x:
-    what identifies its operands in this call. packed_weight, packed_x, plain_x: their bytes in NVFP4, and the input's in its own dtype.
+    `set_recipe` sees. by_code, by_set_recipe: whether those chose its recipe. rewritten: whether that recipe quantizes. flops: of its
+    forward product. weight, x: what identifies its operands in this call. packed_weight, packed_x, plain_x: their bytes in NVFP4, and the
+    input's in its own dtype.
     """
 
     name: str
     name_in_graph: str
     module: str
-    decided_by: str
+    by_code: bool
+    by_set_recipe: bool
     rewritten: bool
     flops: int
     weight: tuple[int, Operand]
@@ -166,6 +168,7 @@ class GraphWithChoices:
 
     def __init__(self, gm: GraphModule, parameters: Mapping[int, str], policy: Policy, embedded: Set[int]) -> None:
         self.gm = gm
+        self.scope = policy.scope
         self.decisions = [d for d in place(share(match(gm.graph, parameters, embedded)), policy) if isinstance(d.linear, Site)]
         sites = [(d.linear, d.recipe) for d in self.decisions if isinstance(d.linear, Site)]
         rewrite(gm.graph, sites, _put_beside)
@@ -185,7 +188,7 @@ class GraphWithChoices:
         return names
 
     def uses(self, names: Sequence[str], call: int) -> list[Use]:
-        return [_use(decision, name, call) for decision, name in zip(self.decisions, names, strict=True)]
+        return [_use(decision, self.scope, name, call) for decision, name in zip(self.decisions, names, strict=True)]
 
     def choose(self, quantized: Sequence[bool]) -> None:
         """Cut the graph down for its next calls. quantized: for each decision."""
@@ -206,7 +209,7 @@ class GraphWithChoices:
         return self._module(*args)
 
 
-def _use(decision: Decision, name: str, call: int) -> Use:
+def _use(decision: Decision, scope: Scope, name: str, call: int) -> Use:
     site = decision.linear
     assert isinstance(site, Site)
     tokens, features_in, features_out = (hint(n) for n in site.shape)
@@ -215,7 +218,8 @@ def _use(decision: Decision, name: str, call: int) -> Use:
     stack = list((site.forward.meta.get("nn_module_stack") or {}).values())
     module = name.removesuffix(site.place.name) + (dotted(stack[-1][0]) if stack else "")
     return Use(
-        name, site.place.name, module.strip("."), decision.decided_by, not decision.recipe.is_empty,
+        name, site.place.name, module.strip("."), SCOPE_KEY in site.place.annotation or scope.code is not None,
+        MODULE_KEY in site.place.annotation or scope.module is not None, not decision.recipe.is_empty,
         2 * tokens * features_in * features_out,
         (call, site.w), (call, site.x), _packed_bytes(outs, features_in), _packed_bytes(rows, features_in),
         tokens * features_in * site.x.base.meta["val"].element_size(),

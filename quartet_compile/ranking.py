@@ -268,7 +268,7 @@ class _Runs:
         exclude = _reaching([u.name_in_graph for u in chosen], [u.name_in_graph for u in others], [u.name_in_graph for u in chosen], by)
         if not exclude:
             why.append("quartet.exclude cannot single these out: a graph serves several layers, and it sees the names in the graph")
-        elif any(use.decided_by.startswith(("set_recipe", "decorator", "context")) for use in chosen):
+        elif any(use.by_code or use.by_set_recipe for use in chosen):
             exclude = ()
             why.append("quartet.exclude does not reach what the model's code or quartet.set_recipe decided")
         modules = [name for name, _ in self.model.named_modules() if name]
@@ -276,7 +276,7 @@ class _Runs:
         if not only or not all(any(fnmatchcase(module, glob) for module in modules) for glob in only):
             only = ()
             why.append("quartet.set_recipe cannot single these out: another module's forward computes them together with others")
-        elif any(use.decided_by.startswith(("decorator", "context")) for use in chosen):
+        elif any(use.by_code for use in chosen):
             only = ()
             why.append("quartet.set_recipe does not reach what the model's code decided")
         return exclude, only, why
