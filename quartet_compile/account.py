@@ -75,10 +75,10 @@ def _line(decision: Decision, own: Iterable[Node], seen: set[Operand], result: R
         seen.add(linear.x)
         before = tokens * features_in * linear.x.base.meta["val"].element_size()
         rows = tokens if linear.groups is None else padded_rows(tokens, linear.groups)
-        after = _packed_bytes(rows, features_in) if "dw" in products else before
+        after = packed_bytes(rows, features_in) if "dw" in products else before
         after = 0 if linear.x in result.recomputed else after
     outs = features_out if linear.groups is None else linear.groups * ceil_to(features_out, ROTATION)
-    weight = _packed_bytes(outs, features_in) if "dx" in products and linear.w not in result.recomputed else 0
+    weight = packed_bytes(outs, features_in) if "dx" in products and linear.w not in result.recomputed else 0
     dtype = str(linear.x.base.meta["val"].dtype).removeprefix("torch.")
     return LinearReport(
         linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
@@ -87,7 +87,7 @@ def _line(decision: Decision, own: Iterable[Node], seen: set[Operand], result: R
     )  # fmt: skip
 
 
-def _packed_bytes(rows: int, columns: int) -> int:
+def packed_bytes(rows: int, columns: int) -> int:
     padded = ceil_to(columns, GROUP)
     return rows * (padded // 2 + padded // GROUP) + 4
 
