@@ -18,6 +18,12 @@ def inductor_settings(mode: str | None, options: Mapping[str, Any] | None) -> di
     return dict(wrapper(mode, dict(options or {}), None, **name).config)
 
 
+def autotunes(settings: Mapping[str, Any]) -> bool:
+    """Whether Inductor measures its choices for products under these patches."""
+    fields = ("max_autotune", "max_autotune_gemm")
+    return any(settings.get(field, getattr(torch._inductor.config, field)) for field in fields)
+
+
 def custom_passes(setting: Any) -> list[Callable[..., Any]]:
     """The passes held by a config field: one pass or None up to 2.12, also a list from 2.13 on."""
     if setting is None:

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from quartet_compile.flops import flops_of, has_formula, hint
 from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
 from quartet_compile.kernels.grouped_ops import padded_rows
+from quartet_compile.passes.emulate import multiplies_packed
 from quartet_compile.passes.locate import locate
 from quartet_compile.passes.match import backward_nodes
 from quartet_compile.passes.operand import Batch, Operand
@@ -47,17 +48,22 @@ def _example(node: Node) -> torch.Tensor:
     return next(v for v in torch.utils._pytree.tree_leaves(node.meta["val"]) if isinstance(v, torch.Tensor))
 
 
-def lines(result: Result, found: Mapping[Node, OtherProduct]) -> tuple[tuple[LinearReport, ...], tuple[OtherProduct, ...]]:
-    """(a line for each linear, the products of no linear). found: the `products` of the graph before it was rewritten."""
+def lines(
+    result: Result, found: Mapping[Node, OtherProduct], autotuned: bool = False
+) -> tuple[tuple[LinearReport, ...], tuple[OtherProduct, ...]]:
+    """(a line for each linear, the products of no linear). found: the `products` of the graph before it was rewritten. autotuned: whether
+    Inductor measures its choices for products."""
     seen: set[Operand] = set()
     lines, claimed = [], set[Node]()
     for decision, own in zip(result.decisions, result.products, strict=True):
         claimed.update(own)
-        lines.append(_line(decision, own, seen, result, found))
+        lines.append(_line(decision, own, seen, result, found, autotuned))
     return tuple(lines), tuple(product for node, product in found.items() if node not in claimed)
 
 
-def _line(decision: Decision, own: Iterable[Node], seen: set[Operand], result: Result, found: Mapping[Node, OtherProduct]) -> LinearReport:
+def _line(
+    decision: Decision, own: Iterable[Node], seen: set[Operand], result: Result, found: Mapping[Node, OtherProduct], autotuned: bool
+) -> LinearReport:  # fmt: skip
     """One line. `seen` holds the inputs that earlier linears keep already (q, k and v read the same one)."""
     linear, recipe = decision.linear, decision.recipe
     at, names = linear.place, tuple(node.name for node in own)
@@ -79,12 +85,25 @@ def _line(decision: Decision, own: Iterable[Node], seen: set[Operand], result: R
         after = 0 if linear.x in result.recomputed else after
     outs = features_out if linear.groups is None else linear.groups * ceil_to(features_out, ROTATION)
     weight = packed_bytes(outs, features_in) if "dx" in products and linear.w not in result.recomputed else 0
+    how = implementation(linear.forward.meta["val"].device, linear.groups is not None, autotuned)
     dtype = str(linear.x.base.meta["val"].dtype).removeprefix("torch.")
     return LinearReport(
         linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
         decision.left_because, before, after, weight, flops=2 * tokens * features_in * features_out * sum(exists for *_, exists in present),
-        dtype=dtype, before=names, after=tuple(_nodes_of(linear, result.rewritten)),
+        dtype=dtype, implementation=how if products else "", before=names,
+        after=tuple(_nodes_of(linear, result.rewritten)),
     )  # fmt: skip
+
+
+def implementation(device: torch.device, grouped: bool, autotuned: bool) -> str:
+    """What multiplies on a device. grouped: groups of tokens. autotuned: whether Inductor measures libraries and templates."""
+    if device.type != "cuda":
+        return f"emulated on the {device.type.upper()}"
+    if grouped:
+        return "bfloat16 values, torch._grouped_mm"
+    if multiplies_packed(device):
+        return f"FP4 tensor cores, {'autotuned' if autotuned else 'Triton'}"
+    return f"bfloat16 values, {'autotuned' if autotuned else 'cuBLAS'}"
 
 
 def packed_bytes(rows: int, columns: int) -> int:

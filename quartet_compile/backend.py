@@ -53,6 +53,7 @@ def quartet(
     parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
     compilation = Compilation(gm, example_inputs, parameters, embedded, ours, scope)
     patches = inductor_patches(gm, parameters, embedded, ours, inductor_options, mode, scope, compilation.decided)
+    compilation.autotuned = compat.autotunes(patches)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
     if compilation.cached and is_listening():
         tell_cached(compilation)

@@ -42,8 +42,7 @@ def explain(model: Callable[..., Any], *args: Any, options: Mapping[str, Any] | 
     recipes, an error for an unsupported linear under quartet.strict.
     """
     ours, others = split_options(options)
-    compat.inductor_settings(ours.mode, others)  # for its checks
-    collector = GraphCapture(ours)
+    collector = GraphCapture(ours, compat.autotunes(compat.inductor_settings(ours.mode, others)))
     model = getattr(model, "_orig_mod", model)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), _buffers_restored(model):
         torch.compile(_fresh_callable(model), backend=collector, **compat.fresh_compile_options())(*args, **kwargs)
@@ -90,8 +89,9 @@ def _fresh_callable(model: Callable[..., Any]) -> Callable[..., Any]:
 class GraphCapture:
     """A backend that rewrites and partitions like the real one, runs the graphs by the interpreter and reports on them."""
 
-    def __init__(self, options: Options | None = None) -> None:
+    def __init__(self, options: Options | None = None, autotuned: bool = False) -> None:
         self.options = options or Options()
+        self.autotuned = autotuned
         self.graphs: list[GraphReport] = []
         self.results: list[Result] = []
         self.entered: list[Entered] = []
@@ -101,15 +101,16 @@ class GraphCapture:
         tables = embeddings.mark_all(gm, example_inputs)
         parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
         entered = Entered()
-        compiled = self.trace(gm, example_inputs, parameters, embedded, self.options, active_scope(), circumstances(gm), entered)
-        return only_in_scope(embeddings.marking(entered.watching(compiled, parameters), tables), active_scope())
+        scope, around = active_scope(), circumstances(gm)
+        compiled = self.trace(gm, example_inputs, parameters, embedded, self.options, scope, around, entered, self.autotuned)
+        return only_in_scope(embeddings.marking(entered.watching(compiled, parameters), tables), scope)
 
     def trace(
         self, gm: GraphModule, example_inputs: Sequence[Any], parameters: Mapping[int, str], embedded: Set[int], options: Options,
-        scope: Scope, around: Circumstances, entered: Entered,
+        scope: Scope, around: Circumstances, entered: Entered, autotuned: bool = False,
     ) -> Callable[..., Any]:  # fmt: skip
         """Rewrite and partition one graph of Dynamo's, and report on it. example_inputs: may be fake. entered: the parameters of its
-        calls."""
+        calls. autotuned: whether Inductor measures its choices for products."""
         policy = options.policy(scope)
 
         def add(joint: GraphModule, partition: Callable[[GraphModule], Any] | None, outputs: int) -> tuple[GraphModule, GraphModule | None]:
@@ -122,7 +123,7 @@ class GraphCapture:
             kinds = kinds_of(joint.graph, parameters)
             after = partition(joint) if partition else (joint, None)
             kept_after = saved_bytes(after[0], outputs, kinds) if partition else (0, 0)
-            linears, others = lines(result, found)
+            linears, others = lines(result, found, autotuned)
             self.results.append(result)
             self.entered.append(entered)
             forward, backward, forward_before, backward_before = map(source, (*after, *before))

@@ -26,7 +26,7 @@ class Compilation:
 
     gm: a copy of Dynamo's graph, without the tensors that it was compiled for. inputs: fake ones. parameters, embedded: indices of inputs,
     see `QuartetPass`. around: its circumstances. entered: the parameters of its calls. cached: whether torch's cache had it, so that no
-    pass ran.
+    pass ran. autotuned: whether Inductor measured its choices for products.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Compilation:
         self.parameters, self.embedded, self.options, self.scope = parameters, embedded, options, scope
         self.around = circumstances(gm)
         self.entered = Entered()
-        self.cached = True
+        self.cached, self.autotuned = True, False
         self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         devices = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
         self._autocast = [(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in sorted(devices)]

@@ -21,8 +21,9 @@ class LinearReport:
     those that were rewritten, of "y", "dx", "dw". reason, left_because: why it was left alone, and which class of reason that is.
     saved_before, saved_after: bytes kept for the backward pass for its input, 0 where another linear already keeps the same input;
     checkpointing is not counted here, only in the totals. weight_bytes: the packed weight that is kept on top of the parameter. flops: of
-    its products, rewritten or not, 2 T I O each. dtype: of its input. before: the nodes of its products in the unchanged graphs. after: in
-    the rewritten ones, the nodes of its products and of their quantizers, some of which serve other linears, too.
+    its products, rewritten or not, 2 T I O each. dtype: of its input. implementation: what multiplies on its device, if rewritten. before:
+    the nodes of its products in the unchanged graphs. after: in the rewritten ones, the nodes of its products and of their quantizers,
+    some of which serve other linears, too.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LinearReport:
     also: tuple[str, ...] = ()
     flops: int = 0
     dtype: str = ""
+    implementation: str = ""
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from quartet_compile.reports import LinearReport, Report
@@ -30,6 +31,8 @@ def text(report: Report) -> str:
             f"floating point operations of products: {_scaled(report.flops)}, {ours:.1%} in NVFP4, "
             f"{left:.1%} of linears left, {others:.1%} of {len(report.others)} other products (attention)"
         )
+    for how, count in Counter(linear.implementation for linear in report.rewritten for _ in linear.names).items():
+        lines.append(f"multiplied as: {how} ({count} linears)")
     lines.append(
         f"kept for the backward pass: activations {_bytes(report.saved_bytes_before)} -> {_bytes(report.saved_bytes_after)}, "
         f"weights beside the parameters {_bytes(report.weight_bytes_before)} -> {_bytes(report.weight_bytes_after)}"

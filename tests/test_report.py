@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import expecttest
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import quartet_compile as quartet
+from quartet_compile.account import implementation
 from quartet_compile.capture import GraphCapture
 from quartet_compile.options import Options
 from quartet_compile.text import brief
@@ -76,6 +78,7 @@ lm_head       test_report.py:N  128 x 64 -> 80  bf16      default (output head) 
   quartet.exclude: 'x.*' matches no linear
 
 floating point operations of products: 23.2 M, 54.2% in NVFP4, 32.2% of linears left, 13.6% of 6 other products (attention)
+multiplied as: emulated on the CPU (4 linears)
 kept for the backward pass: activations BEFORE -> AFTER, weights beside the parameters BEFORE -> AFTER""")
 
 
@@ -224,6 +227,24 @@ def test_graphs_are_files_that_run(tmp_path: Path) -> None:
     gradients = ["(24, 64)", "(128, 64)", "(128,)"]
     for name in ("graph0_backward", "graph0_backward_before"):
         assert [line for line in printed[name] if line.startswith("(")] == gradients
+
+
+def test_what_multiplies_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_gpu.py` sees it on a real one."""
+
+    def said(capability: tuple[int, int], grouped: bool = False, autotuned: bool = False) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        return implementation(torch.device("cuda"), grouped, autotuned)
+
+    assert said((9, 0)) == "bfloat16 values, cuBLAS"
+    assert said((9, 0), autotuned=True) == "bfloat16 values, autotuned"
+    assert said((10, 0)) == "FP4 tensor cores, Triton"
+    assert said((12, 0), autotuned=True) == "FP4 tensor cores, autotuned"
+    assert said((10, 0), grouped=True) == "bfloat16 values, torch._grouped_mm"
+    model, x = nn.Linear(64, 64), torch.randn(8, 64)
+    for options in ({"max_autotune": True}, {"quartet.mode": "max-autotune-no-cudagraphs"}):
+        (linear,) = quartet.explain(model, x, options=options).linears
+        assert linear.implementation == "emulated on the CPU"
 
 
 def test_inference_has_forward_products_only() -> None:
