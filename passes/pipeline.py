@@ -1,4 +1,7 @@
-"""The pass that Inductor runs on a joint graph: match, share, place, rewrite, recompute, with a cache key that sees all it depends on."""
+"""The pass that Inductor runs on a joint graph: match, share, place, rewrite, recompute, with a cache key that sees all it depends on.
+
+On observed steps `observe` follows.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from torch.fx import Graph, GraphModule
 
 from quartet_compile import kernels
 from quartet_compile.passes.match import match
+from quartet_compile.passes.observe import observe
 from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.place import Decision, Policy, place, unmatched_globs
 from quartet_compile.passes.recompute import recompute
@@ -46,8 +50,10 @@ def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str,
     """
     linears = share(match(graph, parameters, embedded))
     decisions = place(linears, policy)
-    rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
+    written = rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
     recomputed = recompute(graph, parameters, again)
+    if policy.scope.observed:
+        observe(graph, written)
     return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)), recomputed)
 
 

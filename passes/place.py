@@ -19,6 +19,8 @@ SCOPE_KEY = "quartet.recipe"
 """Annotation left by a decorator or context."""
 MODULE_KEY = "quartet.set_recipe"
 """Annotation left by set_recipe."""
+OBSERVED_KEY = "quartet.observe"
+"""Annotation around a call whose numerics are observed."""
 
 HEAD_NAMES = ("lm_head", "output", "head", "classifier", "score")
 ROUTER_NAMES = ("router",)
@@ -27,10 +29,12 @@ LeftBecause = Literal["default", "user", "unsupported"]
 
 
 class Scope(NamedTuple):
-    """The recipes whose contexts eager code has entered around a compiled call: by a decorator or context, and by set_recipe."""
+    """What eager code has entered around a compiled call: recipes, by a decorator or context, and by set_recipe; and whether somebody
+    observes the call."""
 
     code: str | None = None
     module: str | None = None
+    observed: bool = False
 
 
 NOTHING_SAID = Scope()

@@ -16,7 +16,7 @@ import torch
 import torch.fx.traceback
 from torch.fx import GraphModule
 
-from quartet_compile import embeddings
+from quartet_compile import embeddings, observer
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.emulate import EmulationPass
@@ -24,7 +24,7 @@ from quartet_compile.passes.locate import dotted
 from quartet_compile.passes.match import REWRITTEN
 from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
-from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, Scope
+from quartet_compile.passes.place import MODULE_KEY, OBSERVED_KEY, SCOPE_KEY, Scope
 from quartet_compile.passes.precompile import PrecompilePass
 
 log = logging.getLogger("quartet_compile")
@@ -49,7 +49,10 @@ def quartet(
         import quartet_compile.kernels.lowerings  # noqa: F401  (registers them)
     scope, tables = active_scope(), embeddings.mark_all(gm, example_inputs)
     patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
+    names = parameter_names(gm, example_inputs) if scope.observed else {}
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
+    if scope.observed:
+        compiled = observer.heard(compiled, names)
     return only_in_scope(embeddings.marking(compiled, tables), scope)
 
 
@@ -59,6 +62,8 @@ def inductor_patches(
 ) -> dict[str, Any]:  # fmt: skip
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(mode or ours.mode, inductor_options)
+    if scope.observed:
+        patches["triton.cudagraphs"] = False  # a replay would run no Python, so that nobody would hear of anything
     parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
     rewriting = QuartetPass(parameters, ours.policy(scope), ours.recompute, fingerprint(gm), on_result, embedded)
     for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), NativePass(), PrecompilePass()])):
@@ -129,9 +134,9 @@ def tell_if_emulated(device: torch.device) -> None:
 
 
 def active_scope() -> Scope:
-    """The recipes whose contexts eager code is in right now."""
+    """The recipes whose contexts eager code is in right now, and whether it is in an observed call."""
     custom = torch.fx.traceback.current_meta.get("custom") or {}
-    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY))
+    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY), OBSERVED_KEY in custom)
 
 
 def only_in_scope(compiled: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
@@ -156,6 +161,8 @@ def only_in_scope(compiled: Callable[..., Any], scope: Scope) -> Callable[..., A
 
 def _describe(scope: Scope) -> str:
     said = [f"quartet.{where}({name!r})" for where, name in (("recipe", scope.code), ("set_recipe", scope.module)) if name is not None]
+    if scope.observed:
+        said.append("quartet.observe")
     return " and ".join(said) or "no quartet.recipe context"
 
 

@@ -26,10 +26,14 @@ class Entered:
         self.names.setdefault(parameter, {})[name] = None
 
     def in_model(self, linear: LinearReport, paths: Mapping[Tensor, list[str]]) -> LinearReport:
-        """The linear under its name in the model, with the names of the others that the graph serves. paths: the model's parameters.
+        """The linear under its name in the model, with the names of the others that the graph serves. paths: the model's parameters."""
+        first, *others = names_in_model(linear.name, self.begins(paths))
+        return dataclasses.replace(linear, name=first, also=tuple(others))
 
-        The name stays as it is if its own parameter is not among them, and those of the graph do not agree on where they begin. Behind a
-        graph break a tied linear gets the first name of its parameter that fits.
+    def begins(self, paths: Mapping[Tensor, list[str]]) -> dict[str, list[str]]:
+        """Where the names of each parameter in the graph begin in the model. paths: the model's parameters.
+
+        Behind a graph break a tied linear gets the first name of its parameter that fits.
         """
         begins: dict[str, list[str]] = {}
         for parameter, names in self.names.items():
@@ -38,13 +42,18 @@ class Entered:
                 if fitting:
                     path = name if name in fitting else fitting[0]
                     begins.setdefault(name, []).append(path.removesuffix(name))
-        own = "" if linear.name == ROOT_NAME else linear.name
-        parameter = own.partition("[")[0]
-        mine = begins.get(parameter) or begins.get(f"{parameter}.weight".lstrip(".")) or _common(begins)
-        if not mine:
-            return linear
-        first, *others = dict.fromkeys((begin + own).rstrip(".") or ROOT_NAME for begin in mine)
-        return dataclasses.replace(linear, name=first, also=tuple(others))
+        return begins
+
+
+def names_in_model(name: str, begins: Mapping[str, list[str]]) -> list[str]:
+    """The names in the model of a linear of a graph, one for each that the graph serves.
+
+    The name stays as it is if its own parameter is not in the model, and those of the graph do not agree on where they begin.
+    """
+    own = "" if name == ROOT_NAME else name
+    parameter = own.partition("[")[0]
+    mine = begins.get(parameter) or begins.get(f"{parameter}.weight".lstrip(".")) or _common(begins)
+    return list(dict.fromkeys((begin + own).rstrip(".") or ROOT_NAME for begin in mine)) or [name]
 
 
 def _common(begins: Mapping[str, list[str]]) -> list[str]:
@@ -53,9 +62,9 @@ def _common(begins: Mapping[str, list[str]]) -> list[str]:
     return found[0] if found and all(other == found[0] for other in found) else []
 
 
-def parameter_paths(model: object) -> dict[Tensor, list[str]]:
-    """Every name of each parameter."""
+def parameter_paths(model: object, prefix: str = "") -> dict[Tensor, list[str]]:
+    """Every name of each parameter, behind that of the model."""
     paths: dict[Tensor, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else ():
+    for path, parameter in model.named_parameters(prefix, remove_duplicate=False) if isinstance(model, nn.Module) else ():
         paths.setdefault(parameter, []).append(path)
     return paths
