@@ -26,8 +26,8 @@ ELEMENTS_AT_ONCE = 2**23
 class Fresh(NamedTuple):
     """Rows of an operand that is quantized from a tensor.
 
-    rows: [n, K] before. codes uint8, scales uint8 (bits of E4M3), tensor_scale: those rows, packed. amax: [], of the whole tensor. seed:
-    int64 [], of the rotation, with the rank in it; None if there is none.
+    rows: [n, K] before. codes uint8, scales uint8 (bits of E4M3), tensor_scale: those rows, packed. amax: [], of the whole tensor.
+    rotation: its seed, int64 [], with the rank in it; None if there is none.
     """
 
     rows: Tensor
@@ -35,7 +35,7 @@ class Fresh(NamedTuple):
     scales: Tensor
     tensor_scale: Tensor
     amax: Tensor
-    seed: Tensor | None
+    rotation: Tensor | None
 
 
 class Again(NamedTuple):
@@ -52,7 +52,7 @@ class Again(NamedTuple):
     codes: Tensor
     scales: Tensor
     tensor_scale: Tensor
-    seed: Tensor
+    rotation: Tensor
 
 
 class Gradient(NamedTuple):
@@ -85,6 +85,7 @@ class Figures(NamedTuple):
 
 def measure(samples: Sequence[Sample]) -> list[Figures]:
     """The figures of samples, in their order. Waits once for the device that they are on."""
+    samples = _with_signs(samples)
     alike: dict[Any, list[int]] = {}
     for i, sample in enumerate(samples):
         form = (type(sample), *((t.shape, t.dtype, t.device) if t is not None else None for t in sample))
@@ -98,6 +99,20 @@ def measure(samples: Sequence[Sample]) -> list[Figures]:
     rows = [row for each in sums for row in each.tolist()]  # the first of them waits, when all is launched
     figures = {i: _figures(samples[i], row) for i, row in zip(order, rows, strict=True)}
     return [figures[i] for i in range(len(samples))]
+
+
+def _with_signs(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with the signs of their rotations, float32 [128], in place of the seeds: Philox is many small steps, so once for all."""
+    by_device: dict[torch.device, list[int]] = {}
+    for i, sample in enumerate(samples):
+        if not isinstance(sample, Gradient) and sample.rotation is not None:
+            by_device.setdefault(sample.rotation.device, []).append(i)
+    result = list(samples)
+    for positions in by_device.values():
+        seeds = torch.stack([samples[i].rotation for i in positions])  # type: ignore[union-attr, misc]
+        for i, signs in zip(positions, philox.rotations_signs(seeds, torch.zeros_like(seeds)), strict=True):
+            result[i] = result[i]._replace(rotation=signs)  # type: ignore[call-arg]
+    return result
 
 
 def _portions(positions: list[int], sample: Sample) -> Iterator[list[int]]:
@@ -119,8 +134,8 @@ def _sums(samples: Sequence[Sample]) -> Tensor:
         else:
             x = _source(batch)
             amax = _largest(x)
-        if batch.seed is not None:
-            x = rotate(x, batch.seed)
+        if batch.rotation is not None:
+            x = rotate(x, batch.rotation)
         packed = Quantized(batch.codes, batch.scales.view(torch.float8_e4m3fn), batch.tensor_scale)
         scale = batch.tensor_scale.double().view(-1, 1, 1)
         q = packed.dequantize_unscaled(torch.float64) * scale
@@ -146,12 +161,11 @@ def _source(batch: Again) -> Tensor:
     return (decode_e2m1(nibbles, torch.float64) * scales * batch.source_scale.double().view(-1, 1, 1)).transpose(1, 2)
 
 
-def rotate(x: Tensor, seeds: Tensor) -> Tensor:
-    """`reference.rotate` of a batch [B, n, K], each by the rotation of its seed: float64 [B, n, ceil(K/128)*128]."""
-    signs = philox.rotations_signs(seeds, torch.zeros_like(seeds)).double().view(-1, 1, 1, ROTATION)
+def rotate(x: Tensor, signs: Tensor) -> Tensor:
+    """`reference.rotate` of a batch [B, n, K] with signs [B, 128]: float64 [B, n, ceil(K/128)*128]."""
     matrix = reference.rotate(torch.eye(ROTATION, dtype=torch.float64, device=x.device), x.new_ones(ROTATION))
     x = torch.nn.functional.pad(x, (0, ceil_to(x.shape[-1], ROTATION) - x.shape[-1]))
-    return ((x.unflatten(-1, (-1, ROTATION)) * signs) @ matrix).flatten(-2)
+    return ((x.unflatten(-1, (-1, ROTATION)) * signs.double().view(-1, 1, 1, ROTATION)) @ matrix).flatten(-2)
 
 
 def _figures(sample: Sample, sums: Sequence[float]) -> Figures:
