@@ -70,8 +70,9 @@ class Figures(NamedTuple):
     finite.
 
     error: |q - x|^2 / |x|^2. gain: <q, x> / <x, x>. cosine: <q, x> / |q| |x|. saturated: share of the numbers in x, zeros left out, beyond
-    the largest that their group can hold. underflowed: share of them that is zero in q. amax: largest magnitude, of a fresh operand that of
-    the whole tensor, before any rotation; otherwise that of what was measured of x, before rotation. elements: numbers measured.
+    the largest that their group can hold. underflowed: share of them that is zero in q; all of a group may be, whose scale is too small for
+    E4M3, and these are not saturated. amax: largest magnitude, of a fresh operand that of the whole tensor, before any rotation; otherwise
+    that of what was measured of x, before rotation. elements: numbers measured.
     """
 
     error: float | None
@@ -141,7 +142,8 @@ def _sums(samples: Sequence[Sample]) -> Tensor:
         q = packed.dequantize_unscaled(torch.float64) * scale
         x = torch.nn.functional.pad(x, (0, q.shape[-1] - x.shape[-1]))
         largest = packed.group_scales(torch.float64) * scale * E2M1_MAX
-        counts = [_count(x != 0), _count(x.abs().unflatten(-1, (-1, GROUP)) > largest.unsqueeze(-1)), _count((x != 0) & (q == 0))]
+        beyond = (x.abs().unflatten(-1, (-1, GROUP)) > largest.unsqueeze(-1)).flatten(-2)
+        counts = [_count(which) for which in (x != 0, beyond & (q != 0), (x != 0) & (q == 0))]
     pairs = ((x, x), (q, q), (q, x), (q - x, q - x))
     return torch.stack([*((a * b).sum((1, 2)) for a, b in pairs), *counts, amax], dim=1)
 

@@ -133,10 +133,8 @@ def _gradient(result: Tensor, left: Tensor, right: Tensor, elements: int | None)
     rows = _chosen(*result.shape, elements, result.device)
     few = left if rows is None else left.index_select(0, rows)
     with torch.autocast(result.device.type, enabled=False):
-        if result.is_cuda:
-            product = few.to(right.dtype) @ right
-        else:  # the same sums; many a CPU has no product of bfloat16 numbers that is worth the name
-            product = (few.float() @ right.float()).to(right.dtype)
+        # On a CPU the same sums: many have no product of bfloat16 numbers that is worth the name.
+        product = few.to(right.dtype) @ right if result.is_cuda else (few.float() @ right.float()).to(right.dtype)
     return Gradient(_take(result, 0, rows), product)
 
 

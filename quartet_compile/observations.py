@@ -26,9 +26,10 @@ class Observation:
     operand that is quantized again; of a gradient the product of the operands in the model's dtype, before they were quantized.
 
     error: |q - x|^2 / |x|^2. gain: <q, x> / <x, x>. cosine: <q, x> / |q| |x|. saturated: share of the numbers in x, zeros left out, beyond
-    the largest that their group can hold. underflowed: share of them that is zero in q. amax: largest magnitude, of a fresh operand that
-    of the whole tensor, of others that of the measured numbers of x. elements: how many numbers were measured. None: not defined, since x
-    is zero, or of no meaning for a gradient. NaN: q or x is not finite.
+    the largest that their group can hold, 6 times its scale. underflowed: share of them that is zero in q; all of a group may be, whose
+    scale is too small for E4M3, and these are not saturated. amax: largest magnitude, of a fresh operand that of the whole tensor, of
+    others that of the measured numbers of x. elements: how many numbers were measured. None: not defined, since x is zero, or of no
+    meaning for a gradient. NaN: q or x is not finite.
     """
 
     call: int

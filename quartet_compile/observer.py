@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from quartet_compile.kernels import ops
 from quartet_compile.kernels.measure import Sample, measure
@@ -73,6 +74,8 @@ class Observer(Observations):
         self.every, self.elements = every, elements
         self.calls = 0
         self._observing = False
+        if file is not None:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
         self._log = _Log(self._all, file)
         self._listeners: deque[_Listener] = deque(maxlen=CALLS_REMEMBERED)
         self._undo: list[Callable[[], None]] = []
@@ -116,10 +119,10 @@ class Observer(Observations):
             raise ValueError(
                 f"quartet.observe: no part of {type(compiled).__name__} is compiled; give it what torch.compile returned, or compile first"
             )
+        if any(hasattr(module.__dict__[attribute], _OBSERVED) for module, attribute, _ in entries):
+            raise ValueError(f"quartet.observe: {type(compiled).__name__} is observed already; remove the other observer first")
         for module, attribute, prefix in entries:
             own = module.__dict__[attribute]
-            if hasattr(own, _OBSERVED):
-                raise ValueError(f"quartet.observe: {type(compiled).__name__} is observed already; remove the other observer first")
             inner = getattr(module, "_orig_mod", module)
             ours = self._around(own, inner, prefix, begins=module is compiled)
             module.__dict__[attribute] = ours
@@ -159,7 +162,8 @@ class Observer(Observations):
         """Of one call of a graph, which these parameters entered."""
         new = _Listener(self._log, self.calls - 1, self.elements, entered.begins(parameter_paths(module, prefix)))
         if torch._C._current_graph_task_id() != -1:  # a backward pass runs: checkpointing in eager code calls the graph again
-            first = next((each for each in self._listeners if (each.call, each.begins) == (new.call, new.begins) and not each.again), None)
+            same = (each for each in reversed(self._listeners) if (each.call, each.begins) == (new.call, new.begins) and not each.again)
+            first = next(same, None)
             if first is not None:
                 first.again, new.again, new.seen = True, True, first.seen
         self._listeners.append(new)
@@ -168,7 +172,7 @@ class Observer(Observations):
 
 def _compiled_parts(module: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str]]:
     """(module, attribute that is called, name) of the outermost compiled modules."""
-    if "_orig_mod" in module._modules and "forward" in module.__dict__ and hasattr(module, "dynamo_ctx"):
+    if isinstance(module, OptimizedModule):
         yield module, "forward", prefix
     elif module.__dict__.get("_compiled_call_impl") is not None:
         yield module, "_compiled_call_impl", prefix
@@ -232,6 +236,7 @@ class _Listener:
         self.log, self.call, self.elements, self.begins = log, call, elements, begins
         self.seen: set[str] = set()
         self.again = False
+        """Whether the same call of the graph has another listener, as it runs again."""
 
     def wants(self, uses: Sequence[str]) -> bool:
         """False for what was seen before: computed again under checkpointing, or in a second backward pass of a retained graph."""
@@ -279,7 +284,7 @@ class _Log:
         with torch.no_grad():
             figures = measure([each.sample for each in pending])
         made = [
-            Observation(each.call, self.rank[0], *place, each.rule, *of)
+            Observation(each.call, self.rank[0], *place, each.rule, **of._asdict())
             for each, of in zip(pending, figures, strict=True)
             for place in each.places
         ]
