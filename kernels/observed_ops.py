@@ -93,8 +93,8 @@ def _chosen(count: int, columns: int, elements: int | None, device: torch.device
     wanted = count if elements is None else max(1, elements // max(1, columns))
     if wanted >= count:
         return None
-    generator = torch.Generator().manual_seed(count)
-    return torch.randperm(count, generator=generator)[:wanted].sort().values.to(device)
+    generator = torch.Generator("cpu").manual_seed(count)
+    return torch.randperm(count, generator=generator, device="cpu")[:wanted].sort().values.to(device)
 
 
 def _take(x: Tensor, dimension: int, indices: Tensor | None) -> Tensor:
@@ -142,7 +142,7 @@ def _gradient(result: Tensor, left: Tensor, right: Tensor, elements: int | None)
 
 
 def _observed_call(like: Tensor) -> Tensor:
-    return torch.tensor(getattr(_running, "number", 0))
+    return torch.tensor(getattr(_running, "number", 0), device="cpu")
 
 
 def _quantize_observed(x: Tensor, rule: str, call: Tensor, uses: list[str]) -> Packed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -246,6 +247,7 @@ def test_an_observed_step_has_the_bits_of_one_that_is_not(backend: str) -> None:
     assert len(observer) == 2 * 16
 
 
+@pytest.mark.slow
 def test_code_of_calls_that_are_not_observed_is_byte_for_byte_what_it_is_without_an_observer() -> None:
     model, x = nn.Linear(64, 64), torch.randn(8, 64, requires_grad=True)
     compiled = torch.compile(model, backend="quartet")
@@ -281,6 +283,57 @@ def test_caches_serve_calls_that_are_not_observed_as_before_and_never_one_for_th
     step(compiled, x)
     assert counters["aot_autograd"]["autograd_cache_hit"] == 1, "the observed version is cached, too"
     assert uses(observer)["(root)"] == sorted(ALL * 2, key=ALL.index)
+
+
+# ---------------------------------------------------------------- operators
+
+
+def a_step(x: Tensor, w: Tensor, e: Tensor, seeds: Tensor) -> list[Tensor]:
+    """The operators of an observed step of one linear, as the passes write them."""
+    q = torch.ops.quartet
+    call = q.observed_call(x)
+    packed_x, packed_w = (q.quantize_observed(t, "four_over_six", call, [f"y {role} l"]) for t, role in ((x, "x"), (w, "w")))
+    y = q.matmul(*packed_x, *packed_w, None, 1.0, x.dtype)
+    packed_e = q.quantize_grad_observed(e, seeds, 0, "ms_eden", False, call, ["dx e l"])
+    again = q.requantize_observed(*packed_w, w.shape[1], seeds, 0, "ms_eden", call, ["dx w l"])
+    return [call, y, q.matmul_observed(*packed_e, *again, None, 1 / 128, x.dtype, e, False, w, False, call, ["dx - l"])]
+
+
+def test_operators_agree_with_their_shapes_and_are_silent_where_nobody_listens() -> None:
+    x, w, e, seeds = torch.randn(24, 80), torch.randn(40, 80), torch.randn(24, 40), torch.tensor([3])
+    quartet_ops, (call, y, dx) = torch.ops.quartet, a_step(x, w, e, seeds)
+    assert call == 0
+    saved = quartet_ops.quantize(w, "four_over_six")
+    left, right = quartet_ops.quantize_grad(e, seeds, 0, "ms_eden", False), quartet_ops.requantize(*saved, 80, seeds, 0, "ms_eden")
+    assert torch.equal(y, quartet_ops.matmul(*quartet_ops.quantize(x, "four_over_six"), *saved, None, 1.0, x.dtype))
+    assert torch.equal(dx, quartet_ops.matmul(*left, *right, None, 1 / 128, x.dtype))
+    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    check = functools.partial(torch.library.opcheck, test_utils=tests)
+    check(quartet_ops.observed_call.default, (x,))
+    check(quartet_ops.quantize_observed.default, (x, "four_over_six", call, ["y x l"]))
+    check(quartet_ops.quantize_grad_observed.default, (e, seeds, 0, "ms_eden", True, call, ["dw e l"]))
+    check(quartet_ops.requantize_observed.default, (*saved, 80, seeds, 0, "ms_eden", call, ["dx w l"]))
+    check(quartet_ops.matmul_observed.default, (*left, *right, None, 1 / 128, x.dtype, e, False, w, False, call, ["dx - l"]))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
+@pytest.mark.parametrize("capability", [90, 100])
+def test_inductor_generates_an_observed_step_for_a_gpu(capability: int) -> None:
+    """The number of the call stays on the CPU; nothing between the operators is moved."""
+    pytest.importorskip("triton")
+    from fake_gpu import fake_gpu, generate
+
+    def inputs() -> list[Tensor]:
+        shapes = ((256, 128), (384, 128), (256, 384))
+        tensors = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
+        return [*tensors, torch.empty(1, dtype=torch.int64, device="cuda")]
+
+    with fake_gpu(capability):
+        program, _ = generate(a_step, inputs)
+    for operator in ("observed_call", "quantize_observed", "quantize_grad_observed", "requantize_observed", "matmul_observed"):
+        assert f"torch.ops.quartet.{operator}.default(" in program
+    assert "['dx - l']" in program
+    assert ".copy_(" not in program
 
 
 # ---------------------------------------------------------------- which calls
