@@ -1,4 +1,7 @@
-"""The pass that Inductor runs on a joint graph: match, share, place, rewrite, recompute, with a cache key that sees all it depends on."""
+"""The pass that Inductor runs on a joint graph: match, share, place, rewrite, recompute, with a cache key that sees all it depends on.
+
+On observed steps `observe` follows.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from quartet_compile import kernels
 from quartet_compile.passes.match import match
+from quartet_compile.passes.observe import observe
 from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.place import Decision, Policy, place, unmatched_globs
 from quartet_compile.passes.recompute import recompute
-from quartet_compile.passes.rewrite import Rewritten, rewrite
+from quartet_compile.passes.rewrite import Written, rewrite
 from quartet_compile.passes.share import share
 from quartet_compile.passes.site import Site
 from quartet_compile.passes.tell import tell_decisions, tell_graph
@@ -30,14 +34,14 @@ class Result:
     """What was decided for one graph.
 
     decisions: one for each linear. unmatched: the option globs that matched nothing in it. recomputed: the operands that the backward pass
-    quantizes again. products: the nodes that multiplied before, of each linear. rewritten: what came in place of each.
+    quantizes again. products: the nodes that multiplied before, of each linear. written: what came in place of them.
     """
 
     decisions: tuple[Decision, ...]
     unmatched: tuple[tuple[str, str], ...]
     recomputed: frozenset[Operand]
     products: tuple[tuple[Node, ...], ...]
-    rewritten: Rewritten
+    written: tuple[Written, ...]
 
 
 def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str, embedded: Set[int] = frozenset()) -> Result:
@@ -48,10 +52,12 @@ def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str,
     linears = share(match(graph, parameters, embedded))
     decisions = place(linears, policy)
     products = tuple(d.linear.products for d in decisions)
-    rewritten = rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
+    written = rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
     recomputed = recompute(graph, parameters, again)
+    if policy.scope.observed:
+        observe(graph, written)
     expand(graph)
-    return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)), recomputed, products, rewritten)
+    return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)), recomputed, products, tuple(written))
 
 
 class QuartetPass(CustomGraphPass):

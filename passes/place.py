@@ -24,6 +24,8 @@ MODULE_KEY = "quartet.set_recipe"
 """Annotation left by set_recipe."""
 SET_RECIPE = "set_recipe"
 """Its channel, as far as a graph knows: naming the call would make Dynamo guard on it. A report looks it up in the model."""
+OBSERVED_KEY = "quartet.observe"
+"""Annotation around a call whose numerics are observed."""
 
 HEAD_NAMES = ("lm_head", "output", "head", "classifier", "score")
 ROUTER_NAMES = ("router",)
@@ -33,7 +35,8 @@ LeftBecause = Literal["default", "user", "unsupported"]
 
 @dataclass(frozen=True)
 class Scope:
-    """The recipes whose contexts eager code has entered around a compiled call: by a decorator or context, and by set_recipe.
+    """What eager code has entered around a compiled call: recipes, by a decorator or context, and by set_recipe; and whether somebody
+    observes the call.
 
     channel: which decorator or context, in words; scopes that differ in it alone are the same.
     """
@@ -41,6 +44,7 @@ class Scope:
     code: str | None = None
     module: str | None = None
     channel: str = field(default="context around the call", compare=False)
+    observed: bool = False
 
 
 NOTHING_SAID = Scope()

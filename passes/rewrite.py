@@ -18,7 +18,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch._inductor import inductor_prims  # noqa: F401  (registers prims.inductor_seeds)
@@ -35,16 +35,21 @@ aten, quartet = torch.ops.aten, torch.ops.quartet
 
 IN_BACKWARD = "must_be_in_backward"
 
+
+class Written(NamedTuple):
+    """A product of a linear, and the node that now holds its result, or that of one matrix of a batch."""
+
+    site: Site
+    kind: Literal["y", "dx", "dw"]
+    node: Node
+
+
 class PackedNodes(NamedTuple):
     """An NVFP4 operand in the graph."""
 
     codes: Node
     scales: Node
     tensor_scale: Node
-
-
-Rewritten = dict[Node, dict[Batch, Node]]
-"""Each product that went, and what came in its place: of a batched one, a product for each matrix."""
 
 
 def put_in_place(graph: Graph, old: Node, new: Node) -> None:
@@ -58,27 +63,32 @@ def put_in_place(graph: Graph, old: Node, new: Node) -> None:
 
 def rewrite(
     graph: Graph, placed: Sequence[tuple[Site, Recipe]], put: Callable[[Graph, Node, Node], None] = put_in_place
-) -> Rewritten:  # fmt: skip
-    """Rewrite the products of the placed sites. put: called for each plain product with the node that is to stand for it.
+) -> list[Written]:  # fmt: skip
+    """Rewrite the products of the placed sites, and return them. put: called for each plain product with the node that is to stand for it.
 
     All new nodes are built before the first old one goes, so an error leaves the graph as it was.
     """
     writer = Writer(graph)
-    results: Rewritten = {}
+    results: dict[Node, dict[Batch, Node]] = {}
+    written: list[Written] = []
     try:
         order = {node: i for i, node in enumerate(graph.nodes)}
-        backward: list[tuple[Node, Batch, Callable[[], Node]]] = []
+        backward: list[tuple[Node, Site, Literal["dx", "dw"], Callable[[], Node]]] = []
         for site, recipe in placed:
             if recipe.forward is None:
                 continue
             y, x, w = writer.forward(site, recipe.forward)
             _claim(results, site.forward, site.batch, y)
-            for kind, gradient, product, saved in (("dx", site.dgrad, recipe.dgrad, w), ("dw", site.wgrad, recipe.wgrad, x)):
-                if gradient is not None and product is not None:
-                    backward.append((gradient.node, site.batch, writer.gradient_builder(site, kind, gradient, product, saved)))
+            written.append(Written(site, "y", y))
+            if site.dgrad is not None and recipe.dgrad is not None:
+                backward.append((site.dgrad.node, site, "dx", writer.gradient_builder(site, "dx", site.dgrad, recipe.dgrad, w)))
+            if site.wgrad is not None and recipe.wgrad is not None:
+                backward.append((site.wgrad.node, site, "dw", writer.gradient_builder(site, "dw", site.wgrad, recipe.wgrad, x)))
         # In graph order, because an operand that several products share has to stand before the first of them.
-        for node, batch, build in sorted(backward, key=lambda item: order[item[0]]):
-            _claim(results, node, batch, build())
+        for node, site, kind, build in sorted(backward, key=lambda item: order[item[0]]):
+            result = build()
+            _claim(results, node, site.batch, result)
+            written.append(Written(site, kind, result))
         replacements = {node: writer.together(node, parts) for node, parts in results.items()}
         writer.finish_seeds()
     except BaseException:
@@ -87,10 +97,10 @@ def rewrite(
     for old, new in replacements.items():
         put(graph, old, new)
     graph.eliminate_dead_code()
-    return results
+    return written
 
 
-def _claim(results: Rewritten, product: Node, batch: Batch, result: Node) -> None:
+def _claim(results: dict[Node, dict[Batch, Node]], product: Node, batch: Batch, result: Node) -> None:
     parts = results.setdefault(product, {})
     if batch in parts:
         raise AssertionError(f"two linears claim one product, {product.name}")

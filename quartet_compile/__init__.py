@@ -1,8 +1,8 @@
 """Train unchanged PyTorch models in NVFP4: ``torch.compile(model, backend="quartet")``.
 
 Importing this package is needed only for what goes beyond that line: `recipe`, `set_recipe` and `RecipeSchedule` choose recipes, `explain`
-tells what would be rewritten, `report` what was, `suggest` what is better left alone. Names are imported when they are first used, so that
-`quartet doctor` runs where PyTorch does not.
+tells what would be rewritten, `report` what was, `suggest` what is better left alone, `observe` what happens to
+the numbers while a model trains. Names are imported when they are first used, so that `quartet doctor` runs where PyTorch does not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from quartet_compile.capture import explain
     from quartet_compile.chains import Blocks, blocks
     from quartet_compile.marks import RecipeHandle, recipe, set_recipe
+    from quartet_compile.observations import Observation, Observations, read_observations
+    from quartet_compile.observer import Observer, observe
     from quartet_compile.passes.place import UnsupportedLinear
     from quartet_compile.passes.recipe import Cell, Product, Recipe
     from quartet_compile.ranking import suggest
@@ -29,6 +31,9 @@ __all__ = [
     "RECIPES",
     "Blocks",
     "Cell",
+    "Observation",
+    "Observations",
+    "Observer",
     "Product",
     "Recipe",
     "RecipeHandle",
@@ -38,6 +43,8 @@ __all__ = [
     "UnsupportedLinear",
     "blocks",
     "explain",
+    "observe",
+    "read_observations",
     "recipe",
     "report",
     "set_recipe",
@@ -48,6 +55,9 @@ _MODULES = {
     "RECIPES": "recipes",
     "Blocks": "chains",
     "Cell": "passes.recipe",
+    "Observation": "observations",
+    "Observations": "observations",
+    "Observer": "observer",
     "Product": "passes.recipe",
     "Recipe": "passes.recipe",
     "RecipeHandle": "marks",
@@ -57,6 +67,8 @@ _MODULES = {
     "UnsupportedLinear": "passes.place",
     "blocks": "chains",
     "explain": "capture",
+    "observe": "observer",
+    "read_observations": "observations",
     "recipe": "marks",
     "report": "running",
     "set_recipe": "marks",

@@ -14,12 +14,12 @@ from quartet_compile.kernels.grouped_ops import padded_rows
 from quartet_compile.passes.emulate import multiplies_packed
 from quartet_compile.passes.locate import locate
 from quartet_compile.passes.match import backward_nodes
-from quartet_compile.passes.operand import Batch, Operand
+from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.pipeline import Result
 from quartet_compile.passes.place import Decision
 from quartet_compile.passes.products import is_product
 from quartet_compile.passes.provenance import Kind, origins
-from quartet_compile.passes.rewrite import Rewritten
+from quartet_compile.passes.rewrite import Written
 from quartet_compile.passes.site import Site
 from quartet_compile.reports import LinearReport, OtherProduct
 
@@ -91,7 +91,7 @@ def _line(
         linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
         decision.left_because, before, after, weight, flops=2 * tokens * features_in * features_out * sum(exists for *_, exists in present),
         dtype=dtype, implementation=how if products else "", before=names,
-        after=tuple(_nodes_of(linear, result.rewritten)),
+        after=tuple(_nodes_of(linear, result.written)),
     )  # fmt: skip
 
 
@@ -111,10 +111,12 @@ def packed_bytes(rows: int, columns: int) -> int:
     return rows * (padded // 2 + padded // GROUP) + 4
 
 
-def _nodes_of(site: Site, rewritten: Rewritten) -> Iterable[str]:
+def _nodes_of(site: Site, written: Iterable[Written]) -> Iterable[str]:
     """Names of the nodes of a linear in the rewritten graph: its products and the quantizers of their operands."""
     found: dict[Node, None] = {}
-    waiting = [_in_place_of(product, site.batch, rewritten) for product in (site.forward, *_gradients(site))]
+    now = {product.kind: product.node for product in written if product.site is site}
+    gradients = (("dx", site.dgrad), ("dw", site.wgrad))
+    waiting = [now.get("y", site.forward), *(now.get(kind, gradient.node) for kind, gradient in gradients if gradient is not None)]
     while waiting:
         node = waiting.pop(0)
         if node in found:
@@ -126,15 +128,6 @@ def _nodes_of(site: Site, rewritten: Rewritten) -> Iterable[str]:
         elif node.target in (quartet.take_rows.default, aten.slice.Tensor):
             waiting += node.all_input_nodes[:1]
     return (node.name for node in found)
-
-
-def _gradients(site: Site) -> Iterable[Node]:
-    return (g.node for g in (site.dgrad, site.wgrad) if g is not None)
-
-
-def _in_place_of(product: Node, batch: Batch, rewritten: Rewritten) -> Node:
-    """What computes a product now: itself if it was left alone."""
-    return rewritten.get(product, {}).get(batch, product)
 
 
 # ---------------------------------------------------------------- what is kept

@@ -16,7 +16,7 @@ import torch
 import torch.fx.traceback
 from torch.fx import GraphModule
 
-from quartet_compile import embeddings
+from quartet_compile import embeddings, observer
 from quartet_compile.compilations import Compilation
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
@@ -25,7 +25,7 @@ from quartet_compile.passes.locate import dotted
 from quartet_compile.passes.match import KEPT_WHOLE
 from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
-from quartet_compile.passes.place import CHANNEL_KEY, MODULE_KEY, SCOPE_KEY, Scope
+from quartet_compile.passes.place import CHANNEL_KEY, MODULE_KEY, OBSERVED_KEY, SCOPE_KEY, Scope
 from quartet_compile.passes.precompile import PrecompilePass
 from quartet_compile.passes.tell import tell_decisions
 
@@ -57,6 +57,8 @@ def quartet(
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
     if compilation.cached and is_listening():
         tell_cached(compilation)
+    if scope.observed:
+        compiled = observer.heard(compiled, parameters)
     return only_in_scope(embeddings.marking(compilation.kept_by(compiled), tables), scope)
 
 
@@ -80,6 +82,8 @@ def inductor_patches(
 ) -> dict[str, Any]:  # fmt: skip
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(ours.mode or mode, inductor_options)
+    if scope.observed:
+        patches["triton.cudagraphs"] = False  # a replay would run no Python, so that nobody would hear of anything
     rewriting = QuartetPass(parameters, ours.policy(scope), ours.recompute, fingerprint(gm), on_result, embedded)
     for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), NativePass(), PrecompilePass()])):
         users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))
@@ -149,9 +153,9 @@ def tell_if_emulated(device: torch.device) -> None:
 
 
 def active_scope() -> Scope:
-    """The recipes whose contexts eager code is in right now."""
+    """The recipes whose contexts eager code is in right now, and whether it is in an observed call."""
     custom = torch.fx.traceback.current_meta.get("custom") or {}
-    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY), custom.get(CHANNEL_KEY, Scope.channel))
+    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY), custom.get(CHANNEL_KEY, Scope.channel), OBSERVED_KEY in custom)
 
 
 def only_in_scope(compiled: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
@@ -176,6 +180,8 @@ def only_in_scope(compiled: Callable[..., Any], scope: Scope) -> Callable[..., A
 
 def _describe(scope: Scope) -> str:
     said = [f"quartet.{where}({name!r})" for where, name in (("recipe", scope.code), ("set_recipe", scope.module)) if name is not None]
+    if scope.observed:
+        said.append("quartet.observe")
     return " and ".join(said) or "no quartet.recipe context"
 
 

@@ -25,7 +25,7 @@ from quartet_compile.capture import _buffers_restored, _fresh_callable
 from quartet_compile.flops import hint
 from quartet_compile.kernels.format import ROTATION, ceil_to
 from quartet_compile.kernels.grouped_ops import padded_rows
-from quartet_compile.names import Entered, parameter_paths
+from quartet_compile.names import begins, names_in_model, parameter_paths
 from quartet_compile.options import Options
 from quartet_compile.passes import compat
 from quartet_compile.passes.locate import dotted
@@ -35,7 +35,6 @@ from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, Decision, Policy
 from quartet_compile.passes.rewrite import rewrite
 from quartet_compile.passes.share import share
 from quartet_compile.passes.site import Site
-from quartet_compile.reports import LinearReport
 
 RECOMPILES = 64
 """How many forms of a piece of code may be captured: of batches of other shapes, and of layers that are not alike."""
@@ -119,7 +118,7 @@ class Choosing:
             weights = {name: args[index] for index, name in parameters.items()}
             key = tuple(map(id, weights.values()))  # a parameter of the model lives as long as we do; any other tensor has no name
             if key not in names:
-                names[key] = [graph.names_in_model(weights, self.model, self._paths) for graph in graphs]
+                names[key] = [graph.names_in_model(weights, self._paths) for graph in graphs]
             for graph, own in zip(graphs, names[key], strict=True):
                 if self.quantized is None:
                     self._calls += 1
@@ -176,16 +175,10 @@ class GraphWithChoices:
         self._chosen: list[bool] = []
         self._module = gm
 
-    def names_in_model(self, weights: Mapping[str, Tensor], model: nn.Module, paths: Mapping[Tensor, list[str]]) -> list[str]:
+    def names_in_model(self, weights: Mapping[str, Tensor], paths: Mapping[Tensor, list[str]]) -> list[str]:
         """The names of its linears, one for each decision, when it is called with these parameters. paths: the model's parameters."""
-        entered = Entered()
-        for name, weight in weights.items():
-            if weight in paths:
-                entered.add(weight, name)
-        places = [d.linear.place for d in self.decisions]
-        names = [entered.in_model(LinearReport(at.name, at.source, None, "", ""), paths).name for at in places]
-        entered.forget(model)
-        return names
+        where = begins(((weight, name) for name, weight in weights.items()), paths)
+        return [names_in_model(d.linear.place.name, where)[0] for d in self.decisions]
 
     def uses(self, names: Sequence[str], call: int) -> list[Use]:
         return [_use(decision, self.scope, name, call) for decision, name in zip(self.decisions, names, strict=True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -62,25 +62,39 @@ class Entered:
                     delattr(parameter, ENTERED)
 
     def in_model(self, linear: LinearReport, paths: Mapping[Tensor, list[str]]) -> LinearReport:
-        """The linear under its name in the model, with the names of the others that the graph serves. paths: the model's parameters.
-
-        The name stays as it is if its own parameter is not among them, and those of the graph do not agree on where they begin. Behind a
-        graph break a tied linear gets the first name of its parameter that fits.
-        """
-        begins: dict[str, list[str]] = {}
-        for parameter, own in paths.items():
-            for name in self.names_of(parameter):
-                fitting = [path for path in own if f".{path}".endswith(f".{name}")]
-                if fitting:
-                    path = name if name in fitting else fitting[0]
-                    begins.setdefault(name, []).append(path.removesuffix(name))
-        own_name = "" if linear.name == ROOT_NAME else linear.name
-        of = own_name.partition("[")[0]
-        mine = begins.get(of) or begins.get(f"{of}.weight".lstrip(".")) or _common(begins)
-        if not mine:
-            return linear
-        first, *others = dict.fromkeys((begin + own_name).rstrip(".") or ROOT_NAME for begin in mine)
+        """The linear under its name in the model, with the names of the others that the graph serves. paths: the model's parameters."""
+        first, *others = names_in_model(linear.name, self.begins(paths))
         return dataclasses.replace(linear, name=first, also=tuple(others))
+
+    def begins(self, paths: Mapping[Tensor, list[str]]) -> dict[str, list[str]]:
+        """Where the names of its parameters begin in the model, see `begins`."""
+        return begins(((parameter, name) for parameter in paths for name in self.names_of(parameter)), paths)
+
+
+def begins(entered: Iterable[tuple[Tensor, str]], paths: Mapping[Tensor, list[str]]) -> dict[str, list[str]]:
+    """Where the names that parameters have in a graph begin in the model: a list for each name, since a graph may serve several modules.
+
+    entered: (parameter, name in the graph). paths: the model's parameters. Behind a graph break a tied linear gets the first name of its
+    parameter that fits.
+    """
+    found: dict[str, list[str]] = {}
+    for parameter, name in entered:
+        fitting = [path for path in paths.get(parameter, ()) if f".{path}".endswith(f".{name}")]
+        if fitting:
+            path = name if name in fitting else fitting[0]
+            found.setdefault(name, []).append(path.removesuffix(name))
+    return found
+
+
+def names_in_model(name: str, begins: Mapping[str, list[str]]) -> list[str]:
+    """The names in the model of a linear of a graph, one for each that the graph serves.
+
+    The name stays as it is if its own parameter is not in the model, and those of the graph do not agree on where they begin.
+    """
+    own = "" if name == ROOT_NAME else name
+    parameter = own.partition("[")[0]
+    mine = begins.get(parameter) or begins.get(f"{parameter}.weight".lstrip(".")) or _common(begins)
+    return list(dict.fromkeys((begin + own).rstrip(".") or ROOT_NAME for begin in mine)) or [name]
 
 
 def _common(begins: Mapping[str, list[str]]) -> list[str]:
@@ -89,9 +103,9 @@ def _common(begins: Mapping[str, list[str]]) -> list[str]:
     return found[0] if found and all(other == found[0] for other in found) else []
 
 
-def parameter_paths(model: object) -> dict[Tensor, list[str]]:
-    """Every name of each parameter."""
+def parameter_paths(model: object, prefix: str = "") -> dict[Tensor, list[str]]:
+    """Every name of each parameter, behind that of the model."""
     paths: dict[Tensor, list[str]] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False) if isinstance(model, nn.Module) else ():
+    for path, parameter in model.named_parameters(prefix, remove_duplicate=False) if isinstance(model, nn.Module) else ():
         paths.setdefault(parameter, []).append(path)
     return paths

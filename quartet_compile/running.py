@@ -22,7 +22,8 @@ def report(compiled: Callable[..., Any]) -> Report:
     """What the backend made of a model or function in the calls up to now.
 
     compiled: what torch.compile returned, a module after ``module.compile``, or a module around such ones. The report has every graph:
-    those between graph breaks, and those of earlier compilations, marked as superseded. Nothing is compiled or run. Raises ValueError if
+    those between graph breaks, and those of earlier compilations, marked as superseded; not the second versions that `observe` has
+    compiled. Nothing is compiled or run. Raises ValueError if
     the backend has compiled nothing of it yet.
     """
     model = getattr(compiled, "_orig_mod", compiled)
@@ -55,7 +56,7 @@ def _compilations_of(compiled: Callable[..., Any], model: Any) -> list[Compilati
         called = any(m() is model for m in c.around.modules) or any(c.entered.names_of(p) for p in parameters)
         return called or (context is not None and any(other() is context for other in c.around.contexts))
 
-    found = [c for c in compilations() if concerns(c)]
+    found = [c for c in compilations() if not c.scope.observed and concerns(c)]
     own = [c for c in found if context is not None and any(other() is context for other in c.around.contexts)]
     return own or found
 

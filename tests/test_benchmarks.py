@@ -65,7 +65,7 @@ def test_linear(tmp_path):
     assert set(row["timings"]) == {"bf16", "quartet", "least", "gemms"}
 
 
-@pytest.mark.parametrize("script", ["quantizers.py", "linear.py", "train_step.py"])
+@pytest.mark.parametrize("script", ["quantizers.py", "linear.py", "train_step.py", "observe_step.py"])
 def test_without_a_gpu_one_line_says_so(script):
     done = run(script, "--quick")
     assert done.returncode == 2
@@ -97,6 +97,15 @@ for row in rows:
     for row in others:
         assert float(row[4]) == pytest.approx(float(row[3]) / float(bf16[3]), rel=0.05)
         assert float(row[8]) == pytest.approx(float(bf16[5]) / float(row[5]), rel=0.05)
+
+
+@pytest.mark.slow
+def test_observed_steps(tmp_path):
+    table, rows = smoke_test("observe_step.py", tmp_path)
+    (row,) = rows
+    assert row["records"] == 5 + 8, "the first of two linears needs no dx"
+    assert row["ratio"] == pytest.approx(row["observed_seconds"] / row["plain_seconds"])
+    assert f"{row['ratio']:.2f}" in table[1].split()
 
 
 # ---------------------------------------------------------------- two processes against one

@@ -1,0 +1,88 @@
+"""Behind step 5, on observed steps only: operators that show what they see (`kernels.observed_ops`) in place of the plain ones.
+
+    quantize(x)                                     quantize_observed(x, call, uses)
+    matmul(quantize_grad(e), requantize(w), 1/128)  matmul_observed(..., e, w, call, uses), which also multiplies some rows of e by w
+
+`call` is one node in the forward graph. The backward pass finds it saved, and beside the packed operands those that it is compared with.
+Later passes do not know these operators: they stay as they are, on packed matrices. Products of groups are not compared; their operands are
+measured like all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from quartet_compile.kernels import observed_ops  # noqa: F401  (registers the operators)
+from quartet_compile.passes.nodes import add_call
+
+if TYPE_CHECKING:
+    from quartet_compile.passes.rewrite import Written
+
+quartet = torch.ops.quartet
+
+OBSERVED = {
+    quartet.quantize.default: quartet.quantize_observed.default,
+    quartet.quantize_grad.default: quartet.quantize_grad_observed.default,
+    quartet.requantize.default: quartet.requantize_observed.default,
+}
+PRODUCTS = (quartet.matmul.default, quartet.grouped_matmul.default, quartet.grouped_outer.default)
+
+
+def observe(graph: Graph, written: Sequence[Written]) -> None:
+    """Have the operators of these products observed; in place. They keep their names, metadata and results."""
+    uses: dict[Node, list[str]] = {}
+    compared: list[tuple[Node, Node, Node, bool, str]] = []
+    for site, kind, result in written:
+        if not result.users:
+            continue  # nobody needed it: it left the graph
+        product = _product(result)
+        left, right = _quantizer(product, 0), _quantizer(product, 3)
+        if kind == "y":
+            x, w = (right, left) if site.transposed else (left, right)
+            operands = {"x": x, "w": w}
+        else:
+            swapped = right.target is quartet.quantize_grad.default
+            e, saved = (right, left) if swapped else (left, right)
+            operands = {"e": e, "w" if kind == "dx" else "x": saved}
+            if product.target is quartet.matmul.default:
+                compared.append((product, e, saved, swapped, f"{kind} - {site.name}"))
+        for role, quantizer in operands.items():
+            uses.setdefault(quantizer, []).append(f"{kind} {role} {site.name}")
+    if not uses:
+        return
+    call = _call(graph, next(node for node in graph.nodes if node in uses))
+    for product, e, saved, swapped, use in compared:
+        matrix, *_, transposed = e.args[:5]
+        source = _quantizer(saved, 0)
+        product.args = (*product.args, matrix, transposed, source.args[0], swapped, call, [use])
+        product.target = quartet.matmul_observed.default
+    for quantizer, its_uses in uses.items():
+        target: Any = quantizer.target
+        quantizer.args = (*quantizer.args, call, its_uses)
+        quantizer.target = OBSERVED[target]
+
+
+def _product(result: Node) -> Node:
+    """The product behind a result, which of groups is moved to other rows."""
+    while result.target not in PRODUCTS:
+        result = result.all_input_nodes[0]
+    return result
+
+
+def _quantizer(node: Node, position: int) -> Node:
+    """What makes the packed operand of a node that begins at this argument."""
+    codes: Any = node.args[position]
+    return codes.args[0]
+
+
+def _call(graph: Graph, first: Node) -> Node:
+    """The number of the call, before the first quantizer. It is never asked for again: the backward pass would get another one."""
+    with graph.inserting_before(first):
+        call = add_call(graph, quartet.observed_call.default, (first.args[0],), first, "observed_call")
+    call.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return call
