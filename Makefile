@@ -22,13 +22,17 @@ $(VENV)/hf: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[hf]"
 	touch $@
 
+$(VENV)/browser: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[browser]"
+	touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/python examples/train_gpt.py
 
 test: $(VENV)/ready
 	$(PYTEST) $(PARALLEL)
 
-test-slow: $(VENV)/ready $(VENV)/hf
+test-slow: $(VENV)/ready $(VENV)/hf $(VENV)/browser
 	$(PYTEST) $(PARALLEL) -m "slow and not gpu and not exhaustive"
 
 test-exhaustive: $(VENV)/ready

@@ -85,19 +85,21 @@ def _line(decision: Decision, own: Iterable[Node], seen: set[Operand], result: R
         seen.add(linear.x)
         before = tokens * features_in * linear.x.base.meta["val"].element_size()
         rows = tokens if linear.groups is None else padded_rows(tokens, linear.groups)
-        after = _packed_bytes(rows, features_in) if "dw" in products else before
+        after = packed_bytes(rows, features_in) if "dw" in products else before
         after = 0 if linear.x in result.recomputed else after
     outs = features_out if linear.groups is None else linear.groups * ceil_to(features_out, ROTATION)
-    weight = _packed_bytes(outs, features_in) if "dx" in products and linear.w not in result.recomputed else 0
+    weight = packed_bytes(outs, features_in) if "dx" in products and linear.w not in result.recomputed else 0
     dtype = str(linear.x.base.meta["val"].dtype).removeprefix("torch.")
     return LinearReport(
         linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
         decision.left_because, before, after, weight, flops=2 * tokens * features_in * features_out * sum(exists for *_, exists in present),
         dtype=dtype, before=names, after=tuple(_nodes_of(linear, result.rewritten)),
+        in_graph=tuple(name for name, _, exists in present if exists), groups=linear.groups,
     )  # fmt: skip
 
 
-def _packed_bytes(rows: int, columns: int) -> int:
+def packed_bytes(rows: int, columns: int) -> int:
+    """Codes, group scales and the tensor scale of a packed matrix; its columns are padded to whole groups."""
     padded = ceil_to(columns, GROUP)
     return rows * (padded // 2 + padded // GROUP) + 4
 

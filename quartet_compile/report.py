@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quartet_compile.passes.place import LeftBecause
+from quartet_compile.units import bytes_text, count_text
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,9 @@ class LinearReport:
     saved_before, saved_after: bytes kept for the backward pass for its input, 0 where another linear already keeps the same input;
     checkpointing is not counted here, only in the totals. weight_bytes: the packed weight that is kept on top of the parameter. flops: of
     its products, rewritten or not, 2 T I O each. dtype: of its input. before: the nodes of its products in the unchanged graphs. after: in
-    the rewritten ones, the nodes of its products and of their quantizers, some of which serve other linears, too.
+    the rewritten ones, the nodes of its products and of their quantizers, some of which serve other linears, too. in_graph: those of "y",
+    "dx", "dw" that there are, rewritten or not; unknown, thus empty, if its form is unsupported. groups: how many weights it has, each for
+    a group of its tokens, where they are multiplied as one product.
     """
 
     name: str
@@ -42,6 +46,8 @@ class LinearReport:
     dtype: str = ""
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    in_graph: tuple[str, ...] = ()
+    groups: int | None = None
 
     @property
     def flops_in_nvfp4(self) -> int:
@@ -124,7 +130,8 @@ SOURCES = ("forward_before", "forward", "backward_before", "backward")
 
 @dataclass(frozen=True)
 class Report:
-    """All graphs of a model. `print(report)` shows a table; `to_dict` and `write_graphs` give the rest.
+    """All graphs of a model. `print(report)` shows a table; `save("report.html")` writes a page, and `to_dict` and `write_graphs` give the
+    rest.
 
     not_captured: names of nn.Linear modules, and of other parameters with two or more dimensions that are no embedding, that no captured
     graph contained: code that is never called or that Dynamo left to eager PyTorch. unmatched: (option, glob) of the options that matched
@@ -203,6 +210,23 @@ class Report:
         totals = ("flops", "flops_in_nvfp4", "flops_of_others", *bytes_kept)
         return data | {name: getattr(self, name) for name in totals}
 
+    def save(self, path: str | Path) -> Path:
+        """Write the report as one file, and return its path: a page for a browser (.html, needs jinja2) or what `to_dict` gives (.json).
+
+        The page contains all it needs and the graphs' sources. Raises ValueError for any other suffix, ModuleNotFoundError without jinja2.
+        """
+        path = Path(path)
+        if path.suffix == ".html":
+            from quartet_compile.page import render
+
+            text = render(self)
+        elif path.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=1)
+        else:
+            raise ValueError(f"cannot save a report as {path.name!r}: valid suffixes are .html and .json")
+        path.write_text(text, encoding="utf-8")
+        return path
+
     def write_graphs(self, folder: str | Path) -> list[Path]:
         """Write all graphs as Python files that can be read and run, and return their paths: graph0_forward_before.py,
         graph0_forward.py, graph0_backward_before.py, graph0_backward.py, ..."""
@@ -233,12 +257,12 @@ class Report:
             parts = self.flops_in_nvfp4, self.flops - self.flops_in_nvfp4 - self.flops_of_others, self.flops_of_others
             ours, left, others = (part / self.flops for part in parts)
             lines.append(
-                f"floating point operations of products: {_scaled(self.flops)}, {ours:.1%} in NVFP4, "
+                f"floating point operations of products: {count_text(self.flops)}, {ours:.1%} in NVFP4, "
                 f"{left:.1%} of linears left, {others:.1%} of {len(self.others)} other products (attention)"
             )
         lines.append(
-            f"kept for the backward pass: activations {_bytes(self.saved_bytes_before)} -> {_bytes(self.saved_bytes_after)}, "
-            f"weights beside the parameters {_bytes(self.weight_bytes_before)} -> {_bytes(self.weight_bytes_after)}"
+            f"kept for the backward pass: activations {bytes_text(self.saved_bytes_before)} -> {bytes_text(self.saved_bytes_after)}, "
+            f"weights beside the parameters {bytes_text(self.weight_bytes_before)} -> {bytes_text(self.weight_bytes_after)}"
         )
         return "\n".join(lines)
 
@@ -247,20 +271,11 @@ def _row(linear: LinearReport) -> tuple[str, ...]:
     shape = "" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]} -> {linear.shape[2]}"
     saved = ""
     if linear.saved_before or linear.saved_after:
-        saved = f"{_bytes(linear.saved_before)} -> {_bytes(linear.saved_after)}"
+        saved = f"{bytes_text(linear.saved_before)} -> {bytes_text(linear.saved_after)}"
     elif "dw" in linear.products:
         saved = "shared"
     name = f"{linear.name} (and {len(linear.also)} more)" if linear.also else linear.name
     return name, linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
-
-
-def _bytes(n: int) -> str:
-    return f"{n} B" if n < 1024 else f"{n / 1024:.1f} KiB" if n < 1024**2 else f"{n / 1024**2:.1f} MiB"
-
-
-def _scaled(n: int) -> str:
-    steps = min(4, (len(str(n)) - 1) // 3)
-    return f"{n / 1000**steps:.3g}{('', ' K', ' M', ' G', ' T')[steps]}"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
