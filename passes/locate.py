@@ -34,7 +34,7 @@ def locate(node: Node, weights: Sequence[str]) -> Place:
     return Place(_name(path, weights) or ROOT_NAME, _source(node), dict(node.meta.get("custom") or {}))
 
 
-_WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
+WRAPPERS = ("_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 """Modules that torch puts around a user's; their names are no part of a path."""
 
 _GETATTR = re.compile(r"getattr\(([^()]*), '([^']*)'\)")
@@ -42,7 +42,7 @@ _ROOT = re.compile(r"^([LG]\['args'\]\[0\]|[LG]\['[^']*'\])((\.__closure__\[\d+\
 _STEPS = (
     (".forward.__self__", ""), (".__dict__['_modules']['", "."),
     ("._modules['", "."), ("._parameters['", "."), ("['", "."), ("']", ""), ("[", "."), ("]", ""),
-    *((f".{wrapper}", "") for wrapper in _WRAPPERS),
+    *((f".{wrapper}", "") for wrapper in WRAPPERS),
 )  # fmt: skip
 
 

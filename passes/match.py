@@ -34,6 +34,9 @@ REWRITTEN: dict[Any, Any] = {
 }  # fmt: skip
 """The operators that are rewritten, and the operator that their gradients are."""
 
+KEPT_WHOLE = {*REWRITTEN, aten.mv.default}
+"""The operators that must not be decomposed before they are counted (`vectors`)."""
+
 
 def match(graph: Graph, parameters: Mapping[int, str], embedded: Set[int] = frozenset()) -> list[Site | Unsupported]:
     """Every linear of the graph in its order. Changes nothing.

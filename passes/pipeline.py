@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import cache
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from quartet_compile import kernels
 from quartet_compile.passes.match import match
@@ -22,8 +21,8 @@ from quartet_compile.passes.recompute import recompute
 from quartet_compile.passes.rewrite import Rewritten, rewrite
 from quartet_compile.passes.share import share
 from quartet_compile.passes.site import Site
-
-log = logging.getLogger("quartet_compile")
+from quartet_compile.passes.tell import tell_decisions, tell_graph
+from quartet_compile.passes.vectors import expand
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,13 @@ class Result:
     """What was decided for one graph.
 
     decisions: one for each linear. unmatched: the option globs that matched nothing in it. recomputed: the operands that the backward pass
-    quantizes again. rewritten: what came in place of each product.
+    quantizes again. products: the nodes that multiplied before, of each linear. rewritten: what came in place of each.
     """
 
     decisions: tuple[Decision, ...]
     unmatched: tuple[tuple[str, str], ...]
     recomputed: frozenset[Operand]
+    products: tuple[tuple[Node, ...], ...]
     rewritten: Rewritten
 
 
@@ -47,9 +47,11 @@ def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str,
     """
     linears = share(match(graph, parameters, embedded))
     decisions = place(linears, policy)
+    products = tuple(d.linear.products for d in decisions)
     rewritten = rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
     recomputed = recompute(graph, parameters, again)
-    return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)), recomputed, rewritten)
+    expand(graph)
+    return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)), recomputed, products, rewritten)
 
 
 class QuartetPass(CustomGraphPass):
@@ -72,13 +74,10 @@ class QuartetPass(CustomGraphPass):
         self.embedded = embedded
 
     def __call__(self, graph: Graph) -> None:
+        tell_graph(graph, "before")
         result = run(graph, self.parameters, self.policy, self.again, self.embedded)
-        left = [d for d in result.decisions if d.recipe.is_empty]
-        log.info("%d of %d linears in NVFP4", len(result.decisions) - len(left), len(result.decisions))
-        for d in left:
-            log.info("  left: %s (%s): %s", d.linear.place.name, d.linear.place.source, d.reason)
-        for option, glob in result.unmatched:
-            log.info("  %s: %r matches no linear of this graph", option, glob)
+        tell_graph(graph, "after")
+        tell_decisions(result.decisions, result.unmatched)
         if self.on_result is not None:
             self.on_result(result)
 

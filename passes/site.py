@@ -50,6 +50,14 @@ class Site:
         return *self.x.shape, self.w.shape[0]
 
     @property
+    def products(self) -> tuple[Node, ...]:
+        """The nodes that multiply: y, dx, dw; of a convolution, whose gradients are parts of one node, that one. Before rewriting."""
+        gradients = [g.node for g in (self.dgrad, self.wgrad) if g is not None]
+        if self.batch == "pixels":
+            gradients = [part.all_input_nodes[0] for part in gradients]
+        return tuple(dict.fromkeys([self.forward, *gradients]))
+
+    @property
     def batch(self) -> Batch:
         return self.x.batch
 
@@ -75,3 +83,8 @@ class Unsupported:
     node: Node
     reason: str
     gradients: tuple[Node, ...] = ()
+
+    @property
+    def products(self) -> tuple[Node, ...]:
+        """The nodes that multiply."""
+        return self.node, *self.gradients

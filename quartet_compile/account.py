@@ -19,8 +19,8 @@ from quartet_compile.passes.place import Decision
 from quartet_compile.passes.products import is_product
 from quartet_compile.passes.provenance import Kind, origins
 from quartet_compile.passes.rewrite import Rewritten
-from quartet_compile.passes.site import Site, Unsupported
-from quartet_compile.report import LinearReport, OtherProduct
+from quartet_compile.passes.site import Site
+from quartet_compile.reports import LinearReport, OtherProduct
 
 aten, quartet = torch.ops.aten, torch.ops.quartet
 
@@ -51,20 +51,10 @@ def lines(result: Result, found: Mapping[Node, OtherProduct]) -> tuple[tuple[Lin
     """(a line for each linear, the products of no linear). found: the `products` of the graph before it was rewritten."""
     seen: set[Operand] = set()
     lines, claimed = [], set()
-    for decision in result.decisions:
-        own = _own_products(decision.linear)
+    for decision, own in zip(result.decisions, result.products, strict=True):
         claimed.update(own)
         lines.append(_line(decision, own, seen, result, found))
     return tuple(lines), tuple(product for node, product in found.items() if node not in claimed)
-
-
-def _own_products(linear: Site | Unsupported) -> list[Node]:
-    """The nodes of a linear's products; for the gradients of a convolution, which come from one node, that one."""
-    if isinstance(linear, Unsupported):
-        return [linear.node, *linear.gradients]
-    nodes = [linear.forward, *(g.node for g in (linear.dgrad, linear.wgrad) if g is not None)]
-    sources: list[Node] = [n.args[0] if linear.batch == "pixels" and n is not linear.forward else n for n in nodes]  # type: ignore[misc]
-    return list(dict.fromkeys(sources))
 
 
 def _line(decision: Decision, own: Iterable[Node], seen: set[Operand], result: Result, found: Mapping[Node, OtherProduct]) -> LinearReport:

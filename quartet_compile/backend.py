@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -17,15 +17,17 @@ import torch.fx.traceback
 from torch.fx import GraphModule
 
 from quartet_compile import embeddings
+from quartet_compile.compilations import Compilation
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.emulate import EmulationPass
 from quartet_compile.passes.locate import dotted
-from quartet_compile.passes.match import REWRITTEN
+from quartet_compile.passes.match import KEPT_WHOLE
 from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
-from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, Scope
+from quartet_compile.passes.place import CHANNEL_KEY, MODULE_KEY, SCOPE_KEY, Scope
 from quartet_compile.passes.precompile import PrecompilePass
+from quartet_compile.passes.tell import tell_decisions
 
 log = logging.getLogger("quartet_compile")
 
@@ -40,7 +42,7 @@ def quartet(
     from torch._inductor.compile_fx import compile_fx
 
     ours, inductor_options = split_options(options)
-    if mode is not None and ours.mode is not None:
+    if mode is not None and ours.said_by.get("mode") == "quartet.mode":
         raise ValueError("give mode= or the option quartet.mode, not both")
     devices = {x.device for x in example_inputs if isinstance(x, torch.Tensor)}
     for device in devices:
@@ -48,18 +50,34 @@ def quartet(
     if any(device.type == "cuda" for device in devices):
         import quartet_compile.kernels.lowerings  # noqa: F401  (registers them)
     scope, tables = active_scope(), embeddings.mark_all(gm, example_inputs)
-    patches = inductor_patches(gm, example_inputs, ours, inductor_options, mode, scope)
+    parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
+    compilation = Compilation(gm, example_inputs, parameters, embedded, ours, scope)
+    patches = inductor_patches(gm, parameters, embedded, ours, inductor_options, mode, scope, compilation.decided)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
-    return only_in_scope(embeddings.marking(compiled, tables), scope)
+    if compilation.cached and is_listening():
+        tell_cached(compilation)
+    return only_in_scope(embeddings.marking(compilation.kept_by(compiled), tables), scope)
+
+
+def is_listening() -> bool:
+    """Whether somebody reads what we tell."""
+    return log.isEnabledFor(logging.INFO) or bool(torch._logging._internal.trace_log.handlers)
+
+
+def tell_cached(compilation: Compilation) -> None:
+    """What the pass would have told, if torch had not found its work in a cache: it is done again for the telling."""
+    from quartet_compile.running import look_into  # which imports this file
+
+    for result in look_into([compilation]).results:
+        tell_decisions(result.decisions, result.unmatched, cached=True)
 
 
 def inductor_patches(
-    gm: GraphModule, example_inputs: Sequence[Any], ours: Options, inductor_options: Mapping[str, Any], mode: str | None,
-    scope: Scope, on_result: Callable[[Result], None] | None = None,
+    gm: GraphModule, parameters: Mapping[int, str], embedded: Set[int], ours: Options, inductor_options: Mapping[str, Any],
+    mode: str | None, scope: Scope, on_result: Callable[[Result], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
-    patches = compat.inductor_settings(mode or ours.mode, inductor_options)
-    parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
+    patches = compat.inductor_settings(ours.mode or mode, inductor_options)
     rewriting = QuartetPass(parameters, ours.policy(scope), ours.recompute, fingerprint(gm), on_result, embedded)
     for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), NativePass(), PrecompilePass()])):
         users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))
@@ -100,8 +118,8 @@ def _dotted_name(placeholder: torch.fx.Node) -> str:
 
 
 class Decompositions(dict[Any, Callable[..., Any]]):
-    """Inductor's decompositions without those of matrix products, which would turn products with a dimension of 1 into pointwise code
-    that cannot be recognised as a linear any more.
+    """Inductor's decompositions without those of matrix products, which would turn products with a dimension of 1, or with a vector, into
+    pointwise code that cannot be recognised as a linear any more.
 
     Pickles as a call of this class: Inductor puts the table into its cache key, where functions of torch's C++ parts have no place.
     """
@@ -109,7 +127,7 @@ class Decompositions(dict[Any, Callable[..., Any]]):
     def __init__(self) -> None:
         from torch._inductor.decomposition import select_decomp_table
 
-        super().__init__({op: f for op, f in select_decomp_table().items() if op not in REWRITTEN})
+        super().__init__({op: f for op, f in select_decomp_table().items() if op not in KEPT_WHOLE})
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Decompositions, ()
@@ -131,7 +149,7 @@ def tell_if_emulated(device: torch.device) -> None:
 def active_scope() -> Scope:
     """The recipes whose contexts eager code is in right now."""
     custom = torch.fx.traceback.current_meta.get("custom") or {}
-    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY))
+    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY), custom.get(CHANNEL_KEY, Scope.channel))
 
 
 def only_in_scope(compiled: Callable[..., Any], scope: Scope) -> Callable[..., Any]:

@@ -23,13 +23,14 @@ from quartet_compile import embeddings
 from quartet_compile.account import kinds_of, lines, products, saved_bytes
 from quartet_compile.backend import Decompositions, active_scope, only_in_scope, parameter_names
 from quartet_compile.circumstances import Circumstances, circumstances
+from quartet_compile.marks import setting_of
 from quartet_compile.names import Entered, parameter_paths
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.locate import ROOT_NAME
 from quartet_compile.passes.pipeline import Result, run
-from quartet_compile.passes.place import Policy
-from quartet_compile.report import GraphReport, Report
+from quartet_compile.passes.place import SET_RECIPE, Scope
+from quartet_compile.reports import GraphReport, LinearReport, Report
 from quartet_compile.source import source
 
 
@@ -89,8 +90,8 @@ def _fresh_callable(model: Callable[..., Any]) -> Callable[..., Any]:
 class GraphCapture:
     """A backend that rewrites and partitions like the real one, runs the graphs by the interpreter and reports on them."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
         self.graphs: list[GraphReport] = []
         self.results: list[Result] = []
         self.entered: list[Entered] = []
@@ -100,22 +101,23 @@ class GraphCapture:
         tables = embeddings.mark_all(gm, example_inputs)
         parameters, embedded = parameter_names(gm, example_inputs), embeddings.marked(example_inputs)
         entered = Entered()
-        compiled = self.trace(gm, example_inputs, parameters, embedded, self.options.policy(active_scope()), circumstances(gm), entered)
+        compiled = self.trace(gm, example_inputs, parameters, embedded, self.options, active_scope(), circumstances(gm), entered)
         return only_in_scope(embeddings.marking(entered.watching(compiled, parameters), tables), active_scope())
 
     def trace(
-        self, gm: GraphModule, example_inputs: Sequence[Any], parameters: Mapping[int, str], embedded: Set[int], policy: Policy,
-        around: Circumstances, entered: Entered,
+        self, gm: GraphModule, example_inputs: Sequence[Any], parameters: Mapping[int, str], embedded: Set[int], options: Options,
+        scope: Scope, around: Circumstances, entered: Entered,
     ) -> Callable[..., Any]:  # fmt: skip
         """Rewrite and partition one graph of Dynamo's, and report on it. example_inputs: may be fake. entered: the parameters of its
         calls."""
+        policy = options.policy(scope)
 
         def add(joint: GraphModule, partition: Callable[[GraphModule], Any] | None, outputs: int) -> tuple[GraphModule, GraphModule | None]:
             plain = _copy(joint)
             before = partition(plain) if partition else (plain, None)
             kept_before = saved_bytes(before[0], outputs, kinds_of(joint.graph, parameters)) if partition else (0, 0)
             found = products(joint.graph)
-            result = run(joint.graph, parameters, policy, self.options.recompute, embedded)
+            result = run(joint.graph, parameters, policy, options.recompute, embedded)
             joint.recompile()
             kinds = kinds_of(joint.graph, parameters)
             after = partition(joint) if partition else (joint, None)
@@ -150,7 +152,7 @@ class GraphCapture:
         paths = parameter_paths(model)
         graphs = []
         for graph, entered in zip(self.graphs, self.entered, strict=True):
-            graphs.append(replace(graph, linears=tuple(entered.in_model(linear, paths) for linear in graph.linears)))
+            graphs.append(replace(graph, linears=tuple(_with_call(entered.in_model(linear, paths), model) for linear in graph.linears)))
         return Report(tuple(graphs), tuple(self._not_captured(model)), tuple(sorted(unmatched)))
 
     def _not_captured(self, model: Any) -> Iterator[str]:
@@ -169,6 +171,15 @@ class GraphCapture:
                     if parameter.dim() >= 2 and not entered[parameter]:
                         found.setdefault(parameter, []).append(name)
         return (own[0] for own in found.values() if not seen_or_entered.intersection(own))
+
+
+def _with_call(linear: LinearReport, model: Any) -> LinearReport:
+    """The linear with the call of `set_recipe` or the schedule that decided, looked up in the model as it is now."""
+    if linear.decided_by != SET_RECIPE:
+        return linear
+    settings = dict.fromkeys(filter(None, (setting_of(model, name) for name in linear.names)))
+    calls = [call for recipe, call in settings if recipe == linear.recipe or linear.left_because == "unsupported"]
+    return replace(linear, decided_by=f"{calls[0]} and {len(calls) - 1} more" if len(calls) > 1 else calls[0]) if calls else linear
 
 
 def _copy(gm: GraphModule) -> GraphModule:

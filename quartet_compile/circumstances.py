@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ def modules_being_called() -> Iterator[nn.Module]:
             yield frame.f_locals["self"]
 
 
-def functions_being_called() -> Iterator[Callable[..., Any]]:
-    """What torch.compile was given, of the compiled calls on the stack."""
+def contexts_being_called() -> Iterator[Any]:
+    """Dynamo's contexts of the compiled calls on the stack: each call of torch.compile makes one."""
     for frame in _frames():
         if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == eval_frame.__file__:
-            yield frame.f_locals["fn"]
+            yield frame.f_locals["self"]
 
 
 def _frames() -> Iterator[Any]:
@@ -42,7 +42,7 @@ class Circumstances:
     """Of one compilation, by Dynamo.
 
     compile_id: "2/1" for the second compilation of the third frame. graph_break: why the graph ends before its function returns, and
-    where, or "". recompiled: which guard failed, if the frame was compiled before, or "". modules, functions: weak references to those
+    where, or "". recompiled: which guard failed, if the frame was compiled before, or "". modules, contexts: weak references to those
     being called.
     """
 
@@ -50,7 +50,7 @@ class Circumstances:
     graph_break: str
     recompiled: str
     modules: tuple[weakref.ref[nn.Module], ...]
-    functions: tuple[weakref.ref[Any], ...]
+    contexts: tuple[weakref.ref[Any], ...]
 
     @property
     def frame(self) -> str:
@@ -62,13 +62,8 @@ def circumstances(gm: GraphModule) -> Circumstances:
     """Those of the graph that Dynamo is handing over right now."""
     return Circumstances(
         str(torch._guards.CompileContext.current_compile_id() or ""), _graph_break(gm), _recompiled(),
-        tuple(weakref.ref(m) for m in modules_being_called()), tuple(weakref.ref(f) for f in functions_being_called() if not _is_bound(f)),
+        tuple(map(weakref.ref, modules_being_called())), tuple(map(weakref.ref, contexts_being_called())),
     )  # fmt: skip
-
-
-def _is_bound(function: Any) -> bool:
-    """A bound method is made anew for each call; its module is on the stack, too."""
-    return hasattr(function, "__self__")
 
 
 def _graph_break(gm: GraphModule) -> str:
@@ -81,4 +76,4 @@ def _graph_break(gm: GraphModule) -> str:
 
 def _recompiled() -> str:
     reason = get_metrics_context()._metrics.get("recompile_reason")  # Dynamo sets it before it traces the frame
-    return str(reason).strip().splitlines()[0] if reason else ""
+    return str(reason).strip().splitlines()[0].partition("  #")[0].strip() if reason else ""  # the code of the guard follows as a comment

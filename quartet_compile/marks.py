@@ -12,7 +12,6 @@ import inspect
 import itertools
 import types
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 import torch
@@ -20,8 +19,10 @@ from torch import nn
 from torch.fx.traceback import annotate, annotate_fn
 from torch.overrides import TorchFunctionMode
 
-from quartet_compile.passes.place import MODULE_KEY, SCOPE_KEY, lookup
+from quartet_compile.modules import modules_around
+from quartet_compile.passes.place import CHANNEL_KEY, MODULE_KEY, SCOPE_KEY, Scope, lookup
 from quartet_compile.recipes import RECIPES
+from quartet_compile.selectors import Only, select
 
 T = TypeVar("T")
 
@@ -42,21 +43,21 @@ def recipe(name: str) -> Any:
     Raises ValueError for an unknown name, TypeError for what cannot be decorated.
     """
     if torch.compiler.is_compiling():
-        return annotate({SCOPE_KEY: name})  # Dynamo knows this object; it would not trace a class of ours
+        return annotate({SCOPE_KEY: name, CHANNEL_KEY: "context"})  # Dynamo knows this object; it would not trace a class of ours
     lookup(RECIPES, name, "quartet.recipe")
     return _Scope(name)
 
 
 class _Scope:
-    """What `recipe` returns in eager code. key: of its annotation."""
+    """What `recipe` returns in eager code. key: of its annotation. channel: what a report calls it."""
 
-    def __init__(self, name: str, key: str = SCOPE_KEY) -> None:
-        self.name, self.key = name, key
+    def __init__(self, name: str, key: str = SCOPE_KEY, channel: str = Scope.channel) -> None:
+        self.name, self.key, self.channel = name, key, channel
         self.entered: list[contextlib.ExitStack] = []
 
     def __enter__(self) -> None:
         stack = contextlib.ExitStack()
-        stack.enter_context(annotate({self.key: self.name}))
+        stack.enter_context(annotate({self.key: self.name} | ({CHANNEL_KEY: self.channel} if self.key == SCOPE_KEY else {})))
         stack.enter_context(_guarded_mode(self.name, self.key)())
         self.entered.append(stack)
 
@@ -65,28 +66,34 @@ class _Scope:
 
     def __call__(self, target: T) -> T:
         if isinstance(target, type) and issubclass(target, nn.Module):
-            target.forward = self._around(target.forward)
+            target.forward = self._around(target.forward, f"decorator on class {_own_name(target)}")
             return target
         if isinstance(target, (staticmethod, classmethod)):
-            return type(target)(self._around(target.__func__))
+            return type(target)(self._around(target.__func__, f"decorator on method {_own_name(target.__func__)}"))
         if isinstance(target, (type, nn.Module)) or not callable(target) or inspect.isgeneratorfunction(target):
             raise TypeError(
                 f"quartet.recipe decorates functions and nn.Module classes, not {target!r}; for a module that exists use quartet.set_recipe"
             )
-        return self._around(target)  # type: ignore[return-value]
+        kind = "method" if "." in _own_name(target) else "function"
+        return self._around(target, f"decorator on {kind} {_own_name(target)}")  # type: ignore[return-value]
 
-    def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        annotated = annotate_fn({SCOPE_KEY: self.name})(function)
+    def _around(self, function: Callable[..., Any], channel: str) -> Callable[..., Any]:
+        annotated = annotate_fn({SCOPE_KEY: self.name, CHANNEL_KEY: channel})(function)
         name = self.name
 
         @functools.wraps(function)
         def decorated(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 return annotated(*args, **kwargs)
-            with _Scope(name):  # eager, also because of a graph break inside: what is compiled below sees the scope
+            with _Scope(name, SCOPE_KEY, channel):  # eager, also because of a graph break inside: what is compiled below sees the scope
                 return function(*args, **kwargs)
 
         return decorated
+
+
+def _own_name(target: Any) -> str:
+    """Of a class or function, with the classes that it is defined in."""
+    return str(getattr(target, "__qualname__", type(target).__qualname__)).rpartition("<locals>.")[2]
 
 
 @functools.cache
@@ -114,31 +121,48 @@ class RecipeHandle:
             self._undo.pop()()
 
 
-def set_recipe(model: nn.Module, name: str, *, only: str | Sequence[str] | None = None) -> RecipeHandle:
-    """Set the recipe of a model, or of the modules whose names match the glob(s) `only`, without touching its code.
+def set_recipe(model: nn.Module, name: str, *, only: Only = None) -> RecipeHandle:
+    """Set the recipe of a model, or of those of its modules that `only` selects, without touching its code.
 
-        quartet.set_recipe(model, "bf16", only="layers.*.attn.q_proj")
+        quartet.set_recipe(model, "bf16", only="layers.*.attn.q_proj")                       # by name: a glob, whose * matches dots, too
+        quartet.set_recipe(model, "bf16", only=LlamaAttention)                               # by class, subclasses included
+        quartet.set_recipe(model, "bf16", only=lambda name, module: hasattr(module, "gate"))
+        quartet.set_recipe(model, "bf16", only=["lm_head", quartet.blocks(first=1, last=2)])
 
     It acts on what the forward of a matched module computes, everything below included; an inner module's setting wins over an outer one's,
     a later call over an earlier one, and a decorator over both. A module whose weight is read by another one's forward (the `out_proj` of
     nn.MultiheadAttention) is reached through that other one, or by the option quartet.exclude. Works before and after torch.compile (the
-    change makes it recompile), and copy.deepcopy keeps it. Raises ValueError for an unknown recipe or a glob that matches no module.
+    change makes it recompile), and copy.deepcopy keeps it. An nn.ModuleList or nn.ModuleDict stands for the modules in it. Raises
+    ValueError for an unknown recipe or a selector that matches no module, TypeError for what is no module or no selector.
     """
     lookup(RECIPES, name, "quartet.set_recipe")
+    return set_on([(module, f"set_recipe({words})") for module, words in modules_of(model, only, "quartet.set_recipe")], name)
+
+
+def modules_of(model: nn.Module, only: Only, where: str) -> list[tuple[nn.Module, str]]:
+    """(module, selector in words) of those meant, of a model that may be compiled. where: the public function, for errors."""
     root = getattr(model, "_orig_mod", model)
     if not isinstance(root, nn.Module):
-        raise TypeError(f"quartet.set_recipe takes a module, not {root!r}; decorate a function with quartet.recipe({name!r})")
-    if only is None:
-        return RecipeHandle([_push(root, name)])
-    globs = [only] if isinstance(only, str) else list(only)
-    if not globs:
-        raise ValueError("quartet.set_recipe: `only` is empty, so nothing would be set; leave it out for the whole model")
-    modules = dict(root.named_modules())
-    for glob in globs:
-        if not any(fnmatchcase(n, glob) for n in modules if n):
-            known = ", ".join(list(filter(None, modules))[:8])
-            raise ValueError(f"quartet.set_recipe: {glob!r} matches no module of {type(root).__name__}; its modules begin with: {known}")
-    return RecipeHandle([_push(m, name) for n, m in modules.items() if n and any(fnmatchcase(n, g) for g in globs)])
+        raise TypeError(f"{where} takes a module, not {root!r}; decorate a function with quartet.recipe")
+    return select(root, only, where)
+
+
+def set_on(modules: Sequence[tuple[nn.Module, str]], name: str) -> RecipeHandle:
+    """Set a recipe on modules. modules: each with the channel that a report names."""
+    return RecipeHandle([_push(module, name, channel) for module, channel in modules])
+
+
+def setting_of(model: Any, linear: str) -> tuple[str, str] | None:
+    """(recipe, channel) that `set_recipe` or a schedule has set now on the innermost module around a linear of a model.
+
+    Looked up for a report instead of being written into graphs, since Dynamo would then guard on it, and compile blocks apart that differ
+    in nothing else.
+    """
+    for module in modules_around(model, linear) if isinstance(model, nn.Module) else ():
+        settings: Any = module.__dict__.get("_quartet_recipes")
+        if settings:
+            return settings[-1][1], settings[-1][2]
+    return None
 
 
 _tokens = itertools.count()
@@ -146,26 +170,33 @@ _tokens = itertools.count()
 
 def _annotated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module with recipes set: the last one set counts. A forward of its own that it had before is called inside."""
-    recipes: Any = self._quartet_recipes
-    name, own = recipes[-1][1], self.__dict__.get("_quartet_own_forward")
+    name: Any = self._quartet_recipe
+    own = self.__dict__.get("_quartet_own_forward")
     with annotate({MODULE_KEY: name}) if torch.compiler.is_compiling() else _Scope(name, MODULE_KEY):
         return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
 
 
-def _push(module: nn.Module, name: str) -> Callable[[], None]:
-    """Set a recipe on one module; returns what takes it back, in whatever order."""
+def _push(module: nn.Module, name: str, channel: str) -> Callable[[], None]:
+    """Set a recipe on one module; returns what takes it back, in whatever order.
+
+    The recipe that counts has an attribute of its own: Dynamo guards on all of what a forward reads, and would compile the same code for
+    each module and setting anew if it read the list of settings.
+    """
     state, token = module.__dict__, next(_tokens)
     if "_quartet_recipes" not in state:
         if "forward" in state:
             state["_quartet_own_forward"] = state["forward"]
         state["_quartet_recipes"] = ()
         state["forward"] = types.MethodType(_annotated_forward, module)  # a bound method follows copy.deepcopy
-    state["_quartet_recipes"] += ((token, name),)
+    state["_quartet_recipes"] += ((token, name, channel),)
+    state["_quartet_recipe"] = name
 
     def undo() -> None:
         state["_quartet_recipes"] = tuple(entry for entry in state["_quartet_recipes"] if entry[0] != token)
-        if not state["_quartet_recipes"]:
-            del state["_quartet_recipes"]
+        if state["_quartet_recipes"]:
+            state["_quartet_recipe"] = state["_quartet_recipes"][-1][1]
+        else:
+            del state["_quartet_recipes"], state["_quartet_recipe"]
             own = state.pop("_quartet_own_forward", None)
             if getattr(state.get("forward"), "__func__", None) is _annotated_forward:
                 del state["forward"]

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from quartet_compile.passes.locate import ROOT_NAME
-from quartet_compile.report import LinearReport
+from quartet_compile.reports import LinearReport
 
 ENTERED = "_quartet_entered"
 """Attribute of a parameter: number of an `Entered` -> names."""

@@ -21,7 +21,7 @@ import torch
 from math import inf, nan
 from torch import device
 
-import quartet_compile  # registers the operators
+import quartet_compile.backend  # registers the operators
 
 
 '''

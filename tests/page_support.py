@@ -10,7 +10,7 @@ from functools import cached_property
 from html.parser import HTMLParser
 from typing import Any
 
-from quartet_compile.report import GraphReport, LinearReport, Report
+from quartet_compile.reports import GraphReport, LinearReport, Report
 
 VOID = {"meta", "link", "input", "br", "img"}
 

@@ -30,6 +30,11 @@ def capture(model: Callable[..., Any], **options: Any) -> tuple[Callable[..., An
     return torch.compile(model, backend=backend), backend
 
 
+def graph_code(source: str) -> str:
+    """The graph itself of a file that `quartet_compile.source` made."""
+    return source[source.index("class GraphModule") : source.index("\n\ndef tensor(")]
+
+
 @dataclass
 class Seeds:
     """The seeds that gradient quantizers received, in order: dgrad reads e as it is, wgrad transposed (unless e comes transposed)."""

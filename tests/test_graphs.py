@@ -9,7 +9,7 @@ from typing import Any
 import expecttest
 import pytest
 import torch
-from support import capture
+from support import capture, graph_code
 from torch import Tensor, nn
 
 from quartet_compile.capture import GraphCapture
@@ -30,7 +30,7 @@ class MLP(nn.Module):
 def readable(source: str) -> str:
     """A printed graph without comments and deletions, the three tensors of a packed operand NAME written as *NAME."""
     lines = []
-    for line in source.splitlines()[1:]:
+    for line in graph_code(source).splitlines()[1:]:
         text = re.sub(r"\s*#.*$|;  .* = None$|;\s*$", "", line).replace("torch.ops.", "").replace(".default(", "(").strip()
         text = re.sub(r'(\w+)_codes(: "[^"]*")?, \1_scales(: "[^"]*")?, \1_tensor_scale(: "[^"]*")?', r"*\1", text)
         if text and not re.search(r"= \w+\[[012]\]$", text):

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 from huggingface_models import MODELS, forward_quantized, llama, mixtral, parameter_of, parameters_multiplied  # noqa: E402
 
-from quartet_compile.report import Report  # noqa: E402
+from quartet_compile.reports import Report  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 

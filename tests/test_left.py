@@ -48,6 +48,33 @@ def test_a_scaled_addmm_is_reported() -> None:
     assert "alpha" in only_linear(Scaled(), torch.randn(4, 80)).reason
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_with_a_vector_is_reported_and_stays_as_it_was(dtype: torch.dtype, device: torch.device) -> None:
+    """Inductor would decompose it before it could be counted, and cannot compile it otherwise."""
+
+    class Vector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(80, 72, dtype=dtype))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmv(x.mean(), self.weight, x)
+
+    model, x = Vector(), torch.randn(72, dtype=dtype, requires_grad=True)
+    linear = only_linear(model, x)
+    assert (linear.name, linear.left_because, len(linear.before)) == ("(root)", "unsupported", 2), "y and dx; dw is no product"
+    results = []
+    for step in (model, torch.compile(model, backend="quartet"), torch.compile(model, backend="inductor")):
+        y = step(x)
+        y.backward(torch.ones_like(y))
+        results.append((y.detach(), x.grad, model.weight.grad))
+        x.grad = model.weight.grad = None
+    tolerance = 1e-5 if dtype == torch.float32 else 8e-3  # one rounding to bfloat16 of sums in another order
+    for eager, ours, inductors in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance * float(eager.abs().max()))
+        assert torch.equal(ours, inductors)
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [(nn.Conv2d(64, 64, 1, stride=2), "stride or padding"), (nn.Conv2d(64, 64, 1, padding=1), "stride or padding"),

@@ -25,8 +25,8 @@ from quartet_compile.page.items import items_of, leaves_of
 from quartet_compile.page.lines import links_of
 from quartet_compile.page.picture import picture_of
 from quartet_compile.page.tree import Module, tree_of
-from quartet_compile.report import SOURCES, LinearReport, OtherProduct, Report
-from quartet_compile.units import bytes_text
+from quartet_compile.reports import SOURCES, LinearReport, OtherProduct, Report
+from quartet_compile.text import bytes_text
 
 
 @pytest.fixture(scope="module")

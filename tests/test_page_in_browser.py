@@ -18,7 +18,7 @@ from page_support import large_report
 from test_report import Breaking, Model, tokens
 
 import quartet_compile as quartet
-from quartet_compile.report import Report
+from quartet_compile.reports import Report
 
 pytestmark = pytest.mark.slow
 

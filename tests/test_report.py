@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import quartet_compile as quartet
 from quartet_compile.capture import GraphCapture
 from quartet_compile.options import Options
+from quartet_compile.text import brief
 
 
 class Attention(nn.Module):
@@ -60,14 +61,14 @@ class TestText(expecttest.TestCase):
         self.assertExpectedInline(text, """\
 quartet: 4 of 7 linears in NVFP4, 1 graph(s)
 
-linear        source             T x I -> O      recipe    decided by  rewritten  input saved
-layers.0.q    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    32.0 KiB -> 4.5 KiB
-layers.0.k    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    shared
-layers.0.v    test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    shared
-layers.0.mix  test_report.py:N  128 x 64 -> 64  quartet2  default     y dx dw    32.0 KiB -> 4.5 KiB
-small         test_report.py:N  128 x 64 -> 8   bf16      default     -          32.0 KiB -> 32.0 KiB
-scaled        test_report.py:N  128 x 64 -> 64  bf16      default     -          32.0 KiB -> 32.0 KiB
-lm_head       test_report.py:N  128 x 64 -> 80  bf16      default     -          32.0 KiB -> 32.0 KiB
+linear        source             T x I -> O      recipe    decided by                 rewritten  input saved
+layers.0.q    test_report.py:N  128 x 64 -> 64  quartet2  default                    y dx dw    32.0 KiB -> 4.5 KiB
+layers.0.k    test_report.py:N  128 x 64 -> 64  quartet2  default                    y dx dw    shared
+layers.0.v    test_report.py:N  128 x 64 -> 64  quartet2  default                    y dx dw    shared
+layers.0.mix  test_report.py:N  128 x 64 -> 64  quartet2  default                    y dx dw    32.0 KiB -> 4.5 KiB
+small         test_report.py:N  128 x 64 -> 8   bf16      default (min_features)     -          32.0 KiB -> 32.0 KiB
+scaled        test_report.py:N  128 x 64 -> 64  bf16      default (computed weight)  -          32.0 KiB -> 32.0 KiB
+lm_head       test_report.py:N  128 x 64 -> 80  bf16      default (output head)      -          32.0 KiB -> 32.0 KiB
   left: small: min(in, out) = 8 features, below 64 [default]
   left: scaled: its weight is computed from parameters; quartet.include or a recipe of its own lifts this [default]
   left: lm_head: output head (named lm_head) [default]
@@ -318,7 +319,28 @@ def test_one_line_for_a_graph_that_serves_several_modules() -> None:
     (linear,) = report.linears
     assert (linear.name, linear.also) == ("0.up", ("1.up", "2.up"))
     assert "quartet: 3 of 3 linears" in str(report)
-    assert "0.up (and 2 more)" in str(report)
+    assert "0-2.up " in str(report)
     assert report.flops == report.flops_in_nvfp4 == 3 * linear.flops
     assert report.saved_bytes_after == 3 * report.graphs[0].activations_after
     assert report.not_captured == ()
+
+
+def test_layers_that_are_alike_share_a_line() -> None:
+    layers = [SwiGLU() for _ in range(3)] + [SwiGLU(128)]
+    model = nn.Sequential(nn.Linear(64, 64), *layers, nn.Linear(64, 8))
+    report = quartet.explain(model, torch.randn(8, 64))
+    lines = str(report).splitlines()
+    assert [line.split()[0] for line in lines[3:11]] == ["0", "1-3.gate", "1-3.up", "1-3.down", "4.gate", "4.up", "4.down", "5"]
+    assert lines[0] == "quartet: 13 of 14 linears in NVFP4, 1 graph(s)"
+    assert brief(["a.0.b", "a.2.b", "a.3.b"]) == "a.0.b (and 2 more)"
+    assert brief(["a.1.b", "a.0.b"]) == "a.0-1.b"
+    assert brief(["a.0.b.0", "a.1.b.1"]) == "a.0.b.0 (and 1 more)"
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, hidden: int = 96) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, hidden), nn.Linear(64, hidden), nn.Linear(hidden, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))

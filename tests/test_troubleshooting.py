@@ -21,7 +21,7 @@ def reasons() -> list[str]:
     for module in (match, place, convolution, products):
         tree = ast.parse(Path(module.__file__).read_text())
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and ("unsupported" in node.name or node.name == "_default_reason"):
+            if isinstance(node, ast.FunctionDef) and ("unsupported" in node.name or node.name == "_default_exception"):
                 found += [r.value for r in ast.walk(node) if isinstance(r, ast.Return)]
             elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Unsupported":
                 found.append(node.args[2])
@@ -32,6 +32,8 @@ def fixed_parts(value: ast.AST | None) -> list[str]:
     """The longest literal of each string in an expression."""
     if isinstance(value, ast.JoinedStr):
         return [max((p.value for p in value.values if isinstance(p, ast.Constant)), key=len).strip(" :(){}")]
+    if isinstance(value, ast.Tuple):  # (which rule, why)
+        return fixed_parts(value.elts[-1])
     if isinstance(value, ast.Constant) and isinstance(value.value, str) and len(value.value) > 4:
         return [value.value]
     if isinstance(value, ast.IfExp):

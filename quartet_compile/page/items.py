@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from quartet_compile.passes.locate import ROOT_NAME
-from quartet_compile.report import LinearReport, OtherProduct, Report
+from quartet_compile.reports import LinearReport, OtherProduct, Report
 
 State = Literal["nvfp4", "default", "user", "unsupported", "missing", "other"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quartet_compile.page.items import Item
-from quartet_compile.report import GraphReport
+from quartet_compile.reports import GraphReport
 
 _ASSIGNED = re.compile(r'^ {8}(\w+)(?:: "[^"]*")? = (?:(\w+)\[\d+\])?')
 """A node's line in a printed graph; what is inside regions and branches is indented further. The second group: what it is a part of."""

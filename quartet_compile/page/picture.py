@@ -16,8 +16,8 @@ from quartet_compile.kernels.format import ROTATION, ceil_to
 from quartet_compile.kernels.grouped_ops import padded_rows
 from quartet_compile.passes.recipe import Cell, Product
 from quartet_compile.recipes import RECIPES
-from quartet_compile.report import LinearReport
-from quartet_compile.units import bytes_text
+from quartet_compile.reports import LinearReport
+from quartet_compile.text import bytes_text
 
 SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """Dtypes, as in the sources."""

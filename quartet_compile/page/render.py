@@ -15,8 +15,8 @@ from quartet_compile.page.items import STATES, Item, Leaf, items_of, leaves_of
 from quartet_compile.page.lines import DIRECTIONS, Link, links_of
 from quartet_compile.page.picture import FORWARD_WIDTH, Picture, picture_of
 from quartet_compile.page.tree import tree_of
-from quartet_compile.report import SOURCES, LinearReport, Report
-from quartet_compile.units import bytes_text, count_text
+from quartet_compile.reports import SOURCES, LinearReport, Report
+from quartet_compile.text import bytes_text, count_text
 
 SCRIPTS = ("code.js", "tree.js", "sources.js", "main.js")
 STATIC = Path(__file__).parent / "static"

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quartet_compile.passes.place import LeftBecause
-from quartet_compile.units import bytes_text, count_text
 
 
 @dataclass(frozen=True)
@@ -242,42 +240,6 @@ class Report:
         return written
 
     def __str__(self) -> str:
-        rewritten, found = (sum(len(linear.names) for linear in some) for some in (self.rewritten, self.linears))
-        lines = [f"quartet: {rewritten} of {found} linears in NVFP4, {len(self.current)} graph(s)", ""]
-        header = ("linear", "source", "T x I -> O", "recipe", "decided by", "rewritten", "input saved")
-        lines += _table([header, *(_row(linear) for linear in self.linears)])
-        for linear in self.linears:
-            if not linear.products:
-                lines.append(f"  left: {linear.name}: {linear.reason} [{linear.left_because}]")
-        lines += [f"  not found: no product in a captured graph belongs to {name}" for name in self.not_captured]
-        lines += [f"  {option}: {glob!r} matches no linear" for option, glob in self.unmatched]
-        lines += [f"  graph {i} {note}" for i, graph in enumerate(self.graphs) for note in graph.notes]
-        lines.append("")
-        if self.flops:
-            parts = self.flops_in_nvfp4, self.flops - self.flops_in_nvfp4 - self.flops_of_others, self.flops_of_others
-            ours, left, others = (part / self.flops for part in parts)
-            lines.append(
-                f"floating point operations of products: {count_text(self.flops)}, {ours:.1%} in NVFP4, "
-                f"{left:.1%} of linears left, {others:.1%} of {len(self.others)} other products (attention)"
-            )
-        lines.append(
-            f"kept for the backward pass: activations {bytes_text(self.saved_bytes_before)} -> {bytes_text(self.saved_bytes_after)}, "
-            f"weights beside the parameters {bytes_text(self.weight_bytes_before)} -> {bytes_text(self.weight_bytes_after)}"
-        )
-        return "\n".join(lines)
+        from quartet_compile.text import text  # which reads the classes of this file
 
-
-def _row(linear: LinearReport) -> tuple[str, ...]:
-    shape = "" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]} -> {linear.shape[2]}"
-    saved = ""
-    if linear.saved_before or linear.saved_after:
-        saved = f"{bytes_text(linear.saved_before)} -> {bytes_text(linear.saved_after)}"
-    elif "dw" in linear.products:
-        saved = "shared"
-    name = f"{linear.name} (and {len(linear.also)} more)" if linear.also else linear.name
-    return name, linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return text(self)

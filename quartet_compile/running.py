@@ -1,0 +1,82 @@
+"""`report`: what a model that runs already was compiled to.
+
+The backend remembers every graph that it was given. Here each goes once more through AOTAutograd, our pass and the partitioner, on fake
+tensors, under the circumstances in which it was compiled. So the report is the same if torch took the code from its caches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from quartet_compile.capture import GraphCapture
+from quartet_compile.compilations import Compilation, compilations
+from quartet_compile.names import parameter_paths
+from quartet_compile.reports import GraphReport, Report
+
+
+def report(compiled: Callable[..., Any]) -> Report:
+    """What the backend made of a model or function in the calls up to now.
+
+    compiled: what torch.compile returned, a module after ``module.compile``, or a module around such ones. The report has every graph:
+    those between graph breaks, and those of earlier compilations, marked as superseded. Nothing is compiled or run. Raises ValueError if
+    the backend has compiled nothing of it yet.
+    """
+    model = getattr(compiled, "_orig_mod", compiled)
+    chosen = _compilations_of(compiled, model)
+    if not chosen:
+        name = getattr(compiled, "__name__", type(model).__name__)
+        raise ValueError(
+            f'quartet.report: backend="quartet" has compiled nothing of {name} yet; call it first, or use quartet.explain, which calls it'
+        )
+    whole = look_into(chosen).report(model)
+    graphs = [dataclasses.replace(graph, cached=c.cached) for graph, c in zip(whole.graphs, chosen, strict=True)]
+    return dataclasses.replace(whole, graphs=tuple(_mark_superseded(graphs, chosen, model)))
+
+
+def look_into(compilations: Sequence[Compilation]) -> GraphCapture:
+    """The graphs of these compilations, rewritten again."""
+    capture = GraphCapture()
+    for c in compilations:
+        with c.surroundings():
+            capture.trace(c.gm, c.inputs, c.parameters, c.embedded, c.options, c.scope, c.around, c.entered)
+    return capture
+
+
+def _compilations_of(compiled: Callable[..., Any], model: Any) -> list[Compilation]:
+    """Those in a call of the model, or that its parameters entered; only those of `compiled` itself, if there are any."""
+    parameters = parameter_paths(model)
+    context = _context(compiled)
+
+    def concerns(c: Compilation) -> bool:
+        called = any(m() is model for m in c.around.modules) or any(c.entered.names_of(p) for p in parameters)
+        return called or (context is not None and any(other() is context for other in c.around.contexts))
+
+    found = [c for c in compilations() if concerns(c)]
+    own = [c for c in found if context is not None and any(other() is context for other in c.around.contexts)]
+    return own or found
+
+
+def _context(compiled: Any) -> Any:
+    """Dynamo's context of what torch.compile returned: it tells apart two compilations of one model."""
+    if hasattr(compiled, "dynamo_ctx"):
+        return compiled.dynamo_ctx
+    function = getattr(compiled, "_compiled_call_impl", None) if isinstance(compiled, nn.Module) else compiled
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return function.__closure__[names.index("self")].cell_contents if "self" in names else None  # type: ignore[union-attr, index]
+
+
+def _mark_superseded(graphs: list[GraphReport], chosen: list[Compilation], model: Any) -> list[GraphReport]:
+    """Of graphs of the same code, for training or for inference, the last one that a parameter of the model entered counts for it."""
+    parameters = parameter_paths(model)
+    marked, later = [], list[tuple[str, bool, set[int]]]()
+    for graph, c in reversed(list(zip(graphs, chosen, strict=True))):
+        kind = c.around.frame, bool(graph.backward)
+        entered = {id(p) for p in parameters if c.entered.names_of(p)}
+        superseded = any(kind == (frame, trains) and (entered & own or not entered | own) for frame, trains, own in later)
+        marked.append(dataclasses.replace(graph, superseded=superseded))
+        later.append((*kind, entered))
+    return marked[::-1]

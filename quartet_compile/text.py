@@ -1,0 +1,96 @@
+"""A report as text for a terminal: one line for all layers that are alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from quartet_compile.reports import LinearReport, Report
+
+HEADER = ("linear", "source", "T x I -> O", "recipe", "decided by", "rewritten", "input saved")
+
+
+def text(report: Report) -> str:
+    """What `print(report)` shows."""
+    rewritten, found = (sum(len(linear.names) for linear in some) for some in (report.rewritten, report.linears))
+    lines = [f"quartet: {rewritten} of {found} linears in NVFP4, {len(report.current)} graph(s)", ""]
+    alike = _alike(report.linears)
+    lines += _table([HEADER, *((brief(names), *_row(linear)) for linear, names in alike)])
+    for linear, names in alike:
+        if not linear.products:
+            lines.append(f"  left: {brief(names)}: {linear.reason} [{linear.left_because}]")
+    lines += [f"  not found: no product in a captured graph belongs to {brief(names)}" for names in _families(report.not_captured)]
+    lines += [f"  {option}: {glob!r} matches no linear" for option, glob in report.unmatched]
+    lines += [f"  graph {i} {note}" for i, graph in enumerate(report.graphs) for note in graph.notes]
+    lines.append("")
+    if report.flops:
+        parts = report.flops_in_nvfp4, report.flops - report.flops_in_nvfp4 - report.flops_of_others, report.flops_of_others
+        ours, left, others = (part / report.flops for part in parts)
+        lines.append(
+            f"floating point operations of products: {count_text(report.flops)}, {ours:.1%} in NVFP4, "
+            f"{left:.1%} of linears left, {others:.1%} of {len(report.others)} other products (attention)"
+        )
+    lines.append(
+        f"kept for the backward pass: activations {bytes_text(report.saved_bytes_before)} -> {bytes_text(report.saved_bytes_after)}, "
+        f"weights beside the parameters {bytes_text(report.weight_bytes_before)} -> {bytes_text(report.weight_bytes_after)}"
+    )
+    return "\n".join(lines)
+
+
+def brief(names: Sequence[str]) -> str:
+    """Names that differ in one number as one: "layers.0-11.q"; others by the first one."""
+    if len(names) == 1:
+        return names[0]
+    parts = [re.split(r"(\d+)", name) for name in names]
+    differing = [values for values in zip(*parts, strict=False) if len(set(values)) > 1]
+    if len(differing) == 1 and len({len(p) for p in parts}) == 1:
+        numbers = sorted(int(n) for n in differing[0])
+        at = next(i for i, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1)
+        first, last = numbers[0], numbers[-1]
+        if numbers == list(range(first, last + 1)):
+            return "".join([*parts[0][:at], f"{first}-{last}", *parts[0][at + 1 :]])
+    return f"{names[0]} (and {len(names) - 1} more)"
+
+
+def _families(names: Iterable[str]) -> list[list[str]]:
+    """Names that are the same but for their numbers, together."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        families.setdefault(re.sub(r"\d+", "#", name), []).append(name)
+    return list(families.values())
+
+
+def _alike(linears: Sequence[LinearReport]) -> list[tuple[LinearReport, list[str]]]:
+    """(the first, all names) of the linears of which nothing but the number in their names differs."""
+    families: dict[tuple[str, ...], tuple[LinearReport, list[str]]] = {}
+    for linear in linears:
+        key = re.sub(r"\d+", "#", linear.name), *_row(linear), linear.reason
+        families.setdefault(key, (linear, []))[1].extend(linear.names)
+    return list(families.values())
+
+
+def _row(linear: LinearReport) -> tuple[str, ...]:
+    """What stands behind its name."""
+    shape = "" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]} -> {linear.shape[2]}"
+    saved = ""
+    if linear.saved_before or linear.saved_after:
+        saved = f"{bytes_text(linear.saved_before)} -> {bytes_text(linear.saved_after)}"
+    elif "dw" in linear.products:
+        saved = "shared"
+    return linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
+
+
+def bytes_text(n: int) -> str:
+    """4608 -> "4.5 KiB"."""
+    return f"{n} B" if n < 1024 else f"{n / 1024:.1f} KiB" if n < 1024**2 else f"{n / 1024**2:.1f} MiB"
+
+
+def count_text(n: int) -> str:
+    """23200000 -> "23.2 M"."""
+    steps = min(4, (len(str(n)) - 1) // 3)
+    return f"{n / 1000**steps:.3g}{('', ' K', ' M', ' G', ' T')[steps]}"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
