@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest
 PARALLEL = -n auto --dist worksteal
 
-.PHONY: demo test test-slow test-exhaustive test-gpu lint numerics benchmarks clean
+.PHONY: demo test test-slow test-exhaustive test-gpu lint docs docs-serve numerics benchmarks clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ $(VENV)/hf: $(VENV)/ready
 
 $(VENV)/browser: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[browser]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[docs]"
 	touch $@
 
 demo: $(VENV)/ready
@@ -55,6 +59,13 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	rm -rf build/lint && $(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/lint .
 	cd build/lint && ../../$(BIN)/python -m mypy --config-file ../../pyproject.toml -p quartet_compile
+
+# Without the announcement that the theme prints at each build; warnings about the pages are errors.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info

@@ -28,10 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quartet_compile.kernels import reference_ops
 from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
 
 FORWARD_RULES = ("four_over_six",)
 BACKWARD_RULES = ("ms_eden",)
+WITHOUT_KERNELS: tuple[str, ...] = ()
+"""Forward rules that every device computes by their formulas: the same numbers, in dozens of passes over the operand instead of one."""
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("quartet", "DEF")
@@ -195,7 +198,7 @@ def _register(device: str) -> None:
     def quantize(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor]:
         check_operand("quantize", x)
         check_rule("quantize", rule, FORWARD_RULES)
-        return _implementation(device).quantize(x, rule)
+        return (reference_ops if rule in WITHOUT_KERNELS else _implementation(device)).quantize(x, rule)
 
     def quantize_grad(e: Tensor, seeds: Tensor, index: int, rule: str, transpose: bool) -> tuple[Tensor, Tensor, Tensor]:
         check_operand("quantize_grad", e)

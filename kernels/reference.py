@@ -16,6 +16,8 @@ Three details look redundant and are not:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -203,6 +205,13 @@ def four_over_six(
     (q6, s6, e6), (q4, s4, e4) = candidates
     four = e4 < e6
     return _assemble(x, torch.where(four.unsqueeze(-1), q4, q6), torch.where(four, s4, s6), g, tile)
+
+
+FORWARD_FORMULAS: dict[str, Callable[[Tensor], Quantized]] = {
+    "four_over_six": four_over_six,
+    "nearest": round_to_nearest,
+}
+"""Deterministic rules by name."""
 
 
 def stochastic_round(x: Tensor, uniforms: Tensor, *, override: float = SR_OVERRIDE, tensor_scale: str = "power_of_two") -> Quantized:

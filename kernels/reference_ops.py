@@ -1,6 +1,7 @@
 """The operators in terms of the reference rules: what every device's implementation must equal.
 
-Plain PyTorch on any device. The CPU uses it where no C++ compiler is found; tests compare the C++ and the Triton kernels with it.
+Plain PyTorch on any device. The CPU uses it where no C++ compiler is found, every device for rules that have no kernels
+(`ops.WITHOUT_KERNELS`); tests compare the C++ and the Triton kernels with it.
 Arguments and results are those of the operators in `ops`.
 """
 
@@ -20,7 +21,7 @@ Packed = tuple[Tensor, Tensor, Tensor]
 
 def quantize(x: Tensor, rule: str) -> Packed:
     """Quantize the rows of x [M, K] by a deterministic rule."""
-    q = {"four_over_six": reference.four_over_six, "nearest": reference.round_to_nearest}[rule](x)
+    q = reference.FORWARD_FORMULAS[rule](x)
     return q.codes, q.scales, q.tensor_scale
 
 

@@ -137,7 +137,7 @@ def _matmul_values_fake(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: to
     return torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=a.device)
 
 
-# ---------------------------------------------------------------- CPU: in terms of the packed operators, for tests
+# ---------------------------------------------------------------- CPU: in terms of the packed operators, for tests; rules without kernels
 
 
 def _quantize_with_values_cpu(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -184,12 +184,16 @@ def _matmul_values_cpu(a: Tensor, b: Tensor, bias: Tensor | None, out_dtype: tor
 def _quantize_with_values_cuda(x: Tensor, rule: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     ops.check_operand("quantize_with_values", x)
     ops.check_rule("quantize_with_values", rule, ops.FORWARD_RULES)
+    if rule in ops.WITHOUT_KERNELS:
+        return _quantize_with_values_cpu(x, rule)
     return ops.triton_kernels().quantize_with_values(x, rule)
 
 
 def _quantize_values_cuda(x: Tensor, rule: str) -> Tensor:
     ops.check_operand("quantize_values", x)
     ops.check_rule("quantize_values", rule, ops.FORWARD_RULES)
+    if rule in ops.WITHOUT_KERNELS:
+        return _quantize_values_cpu(x, rule)
     return ops.triton_kernels().quantize_values(x, rule)
 
 

@@ -16,3 +16,4 @@ QUARTET2 = Recipe(
 """Quartet II (arXiv 2601.22813): four-over-six forward, rotated and unbiased MS-EDEN backward, packed operands saved."""
 
 RECIPES = {recipe.name: recipe for recipe in (BF16, QUARTET2)}
+"""The recipes by name, for options, decorators and contexts."""

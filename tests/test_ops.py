@@ -133,6 +133,26 @@ def test_autocast_around_a_product_changes_nothing() -> None:
             assert torch.equal(call(), expected)
 
 
+def test_a_rule_without_kernels_is_its_formula_on_every_device(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    def away_from_zero(x: torch.Tensor) -> Quantized:
+        return reference.round_to_nearest(x, ties="away")
+
+    monkeypatch.setattr(ops, "FORWARD_RULES", ("mine",))
+    monkeypatch.setattr(ops, "WITHOUT_KERNELS", ("mine",))
+    monkeypatch.setitem(reference.FORWARD_FORMULAS, "mine", away_from_zero)
+    x = torch.randn(33, 70).mul(4).round().bfloat16()
+    on_cpu = x.cpu()
+    with torch.device("cpu"):
+        expected = away_from_zero(on_cpu)
+        assert not torch.equal(expected.codes, reference.round_to_nearest(on_cpu).codes)
+    for codes, scales, tensor_scale in (quartet.quantize(x, "mine"), quartet.quantize_with_values(x, "mine")[:3]):
+        assert torch.equal(codes.cpu(), expected.codes)
+        assert torch.equal(scales.cpu().float(), expected.scales.float())
+        assert tensor_scale.cpu() == expected.tensor_scale
+    for values in (quartet.quantize_with_values(x, "mine")[3], quartet.quantize_values(x, "mine")):
+        assert torch.equal(values.cpu().double(), expected.dequantize(torch.float64))
+
+
 def test_an_empty_batch() -> None:
     q = quartet.quantize(torch.randn(0, 64), "four_over_six")
     w = packed(32, 64)
