@@ -142,6 +142,7 @@ def test_names_reasons_and_sources_are_text(tmp_path: Path) -> None:
     assert page.article(linear.name).one("p", class_="why").text == f"Why: {HOSTILE} [user]"
     assert page.root.one("section", class_="notes").text.count(HOSTILE) == 4
     assert page.data["leaves"][0]["key"] == linear.name
+    assert not set("<>&") & set(page.root.one("script", id="data").text), "what could end a script, or begin a comment in one"
     assert page.source(0, "forward") == HOSTILE
     assert page.leaf("<b>/products") is not None
 

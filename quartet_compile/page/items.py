@@ -102,4 +102,6 @@ def leaves_of(items: Iterable[Item]) -> list[Leaf]:
 def _state(linear: LinearReport) -> State:
     if linear.products:
         return "nvfp4"
-    return linear.left_because or "default"
+    if linear.left_because is None:
+        raise ValueError(f"{linear.name} has neither a product in NVFP4 nor a reason why not")
+    return linear.left_because

@@ -83,9 +83,9 @@ class Picture:
     arrows: list[Arrow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def box(self, *args: object, **kwargs: object) -> Box:
-        self.boxes.append(Box(*args, **kwargs))  # type: ignore[arg-type]
-        return self.boxes[-1]
+    def add(self, box: Box) -> Box:
+        self.boxes.append(box)
+        return box
 
     def across(self, start: tuple[int, int], end: tuple[int, int], kind: str = "", label: tuple[str, ...] = ()) -> None:
         """From left to right; a label stands where what is kept crosses from one pass to the other."""
@@ -191,17 +191,17 @@ class _Drawing:
         return "kept", ("shared",)
 
     def _tensor(self, x: int, lane: int, name: str, shape: Sequence[int]) -> Box:
-        return self.picture.box(x, lane - 28, 116, 56, "tensor", (name, *self._size(shape)))
+        return self.picture.add(Box(x, lane - 28, 116, 56, "tensor", (name, *self._size(shape))))
 
     def _packed(self, x: int, lane: int, name: str, shape: list[int], cell: Cell) -> Box:
         lines = f"packed {name}", _shape(shape), bytes_text(packed_bytes(*shape))
-        return self.picture.box(x, lane - 31, 138 if x < 400 else 150, 62, "packed", lines, str(cell))
+        return self.picture.add(Box(x, lane - 31, 138 if x < FORWARD_WIDTH else 150, 62, "packed", lines, str(cell)))
 
     def _product(self, x: int, middle: int, name: str, left: str, right: str, shape: Sequence[int]) -> Box:
         if self.linear.groups is not None and name == "dw":
             shape = [self.linear.groups, *shape]
         kind = "product nvfp4" if name in self.linear.products else "product"
-        return self.picture.box(x, middle - 29, 138, 58, kind, (f"{name} = {left} {right}", *self._size(shape)))
+        return self.picture.add(Box(x, middle - 29, 138, 58, kind, (f"{name} = {left} {right}", *self._size(shape))))
 
     def _size(self, shape: Sequence[int]) -> tuple[str, str]:
         """Of a tensor in the dtype of the linear."""

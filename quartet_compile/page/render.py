@@ -35,7 +35,6 @@ def render(report: Report) -> str:
         rewritten=sum(len(linear.names) for linear in report.rewritten),
         found=sum(len(linear.names) for linear in report.linears),
         items=items,
-        keys=_first_keys(leaves),
         tree=tree_of(items, leaves),
         states=STATES,
         counts=Counter(item.state for item in items for _ in (item.products or item.names)),
@@ -85,10 +84,6 @@ def _form(linear: LinearReport) -> tuple[object, ...]:
     """All that a picture shows."""
     kept = linear.saved_before > 0, linear.saved_after, linear.weight_bytes
     return linear.shape, linear.dtype, linear.recipe, linear.products, linear.in_graph, linear.groups, kept
-
-
-def _first_keys(leaves: Sequence[Leaf]) -> dict[int, str]:
-    return {leaf.item: leaf.key for leaf in reversed(leaves)}
 
 
 def _sources(report: Report) -> dict[str, str]:
