@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 
 from torch._logging import trace_structured
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from quartet_compile.passes.place import Decision
 
@@ -22,7 +22,7 @@ def tell_graph(graph: Graph, when: str) -> None:
     """The joint graph, "before" or "after"."""
 
     def readable() -> str:
-        return graph.owning_module.print_readable(print_output=False)
+        return GraphModule(graph.owning_module or {}, graph).print_readable(print_output=False)
 
     if log.isEnabledFor(logging.DEBUG):
         log.debug("the joint graph, %s:\n%s", when, readable())

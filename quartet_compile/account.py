@@ -50,7 +50,7 @@ def _example(node: Node) -> torch.Tensor:
 def lines(result: Result, found: Mapping[Node, OtherProduct]) -> tuple[tuple[LinearReport, ...], tuple[OtherProduct, ...]]:
     """(a line for each linear, the products of no linear). found: the `products` of the graph before it was rewritten."""
     seen: set[Operand] = set()
-    lines, claimed = [], set()
+    lines, claimed = [], set[Node]()
     for decision, own in zip(result.decisions, result.products, strict=True):
         claimed.update(own)
         lines.append(_line(decision, own, seen, result, found))

@@ -125,10 +125,12 @@ class GraphCapture:
             linears, others = lines(result, found)
             self.results.append(result)
             self.entered.append(entered)
+            forward, backward, forward_before, backward_before = map(source, (*after, *before))
             self.graphs.append(
                 GraphReport(
                     linears, others, len(found), sum(p.flops for p in found.values()), kept_before[0], kept_after[0], kept_before[1],
-                    kept_after[1], *map(source, (*after, *before)), around.compile_id, around.graph_break, around.recompiled,
+                    kept_after[1], forward, backward, forward_before, backward_before, around.compile_id, around.graph_break,
+                    around.recompiled,
                 )
             )  # fmt: skip
             return after

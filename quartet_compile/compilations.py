@@ -81,5 +81,5 @@ def _without_tensors(gm: GraphModule) -> GraphModule:
     for node, copied in nodes.items():
         copied.meta = {key: value for key, value in node.meta.items() if key not in ("grapharg", "tensor_dict")}
         if hasattr(node, "_dynamo_source"):
-            copied._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
+            copied._dynamo_source = node._dynamo_source
     return GraphModule(gm, graph)

@@ -66,7 +66,7 @@ def _context(compiled: Any) -> Any:
         return compiled.dynamo_ctx
     function = getattr(compiled, "_compiled_call_impl", None) if isinstance(compiled, nn.Module) else compiled
     names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    return function.__closure__[names.index("self")].cell_contents if "self" in names else None  # type: ignore[union-attr, index]
+    return function.__closure__[names.index("self")].cell_contents if "self" in names else None  # type: ignore[union-attr]
 
 
 def _mark_superseded(graphs: list[GraphReport], chosen: list[Compilation], model: Any) -> list[GraphReport]:

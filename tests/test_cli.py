@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-import quartet_compile as quartet
 from quartet_compile.cli import loading, output, scripts
 from quartet_compile.cli.main import main, parser, split
 
