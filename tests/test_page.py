@@ -144,7 +144,7 @@ def test_names_reasons_and_sources_are_text(tmp_path: Path) -> None:
     assert page.data["leaves"][0]["key"] == linear.name
     assert not set("<>&") & set(page.root.one("script", id="data").text), "what could end a script, or begin a comment in one"
     assert page.source(0, "forward") == HOSTILE
-    assert page.leaf("<b>/products") is not None
+    assert page.article("<b>/products").all("td")[0].text == HOSTILE, "a node without a line has its name all the same"
 
 
 def test_sources_are_those_of_the_report(report: Report, page: Page) -> None:
