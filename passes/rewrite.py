@@ -47,8 +47,19 @@ Rewritten = dict[Node, dict[Batch, Node]]
 """Each product that went, and what came in its place: of a batched one, a product for each matrix."""
 
 
-def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> Rewritten:
-    """Rewrite the products of the placed sites.
+def put_in_place(graph: Graph, old: Node, new: Node) -> None:
+    """Let a rewritten product take the place of the plain one."""
+    old.replace_all_uses_with(new)
+    source: Any = old.args[0]
+    graph.erase_node(old)
+    if source.target is aten.convolution_backward.default:
+        convolution.narrow(source)
+
+
+def rewrite(
+    graph: Graph, placed: Sequence[tuple[Site, Recipe]], put: Callable[[Graph, Node, Node], None] = put_in_place
+) -> Rewritten:  # fmt: skip
+    """Rewrite the products of the placed sites. put: called for each plain product with the node that is to stand for it.
 
     All new nodes are built before the first old one goes, so an error leaves the graph as it was.
     """
@@ -74,11 +85,7 @@ def rewrite(graph: Graph, placed: Sequence[tuple[Site, Recipe]]) -> Rewritten:
         writer.undo()
         raise
     for old, new in replacements.items():
-        old.replace_all_uses_with(new)
-        source: Any = old.args[0]
-        graph.erase_node(old)
-        if source.target is aten.convolution_backward.default:
-            convolution.narrow(source)
+        put(graph, old, new)
     graph.eliminate_dead_code()
     return results
 

@@ -60,8 +60,9 @@ def quartet(
 
 
 def is_listening() -> bool:
-    """Whether somebody reads what we tell."""
-    return log.isEnabledFor(logging.INFO) or bool(torch._logging._internal.trace_log.handlers)
+    """Whether somebody reads what we tell: logs, or torch's structured trace, whose handler goes if it has nowhere to write."""
+    tracing = torch._logging._internal
+    return log.isEnabledFor(logging.INFO) or any(isinstance(h, tracing.LazyTraceHandler) for h in tracing.trace_log.handlers)
 
 
 def tell_cached(compilation: Compilation) -> None:

@@ -170,7 +170,7 @@ def test_a_mode_of_the_variable_is_stronger_than_that_of_the_call(monkeypatch: p
     monkeypatch.setenv("QUARTET_OPTIONS", "mode=max-autotune-no-cudagraphs")
     options, others = split_options({})
     gm = torch.fx.symbolic_trace(nn.ReLU())
-    patches = inductor_patches(gm, [torch.randn(2)], options, others, "default", NOTHING_SAID)
+    patches = inductor_patches(gm, {}, frozenset(), options, others, "default", NOTHING_SAID)
     assert patches["max_autotune"] is True
 
 

@@ -173,6 +173,14 @@ def test_a_click_and_the_address_select(visit: Callable[..., Any]) -> None:
     assert selected(page) == (["unused"], "unused")
 
 
+@pytest.mark.parametrize("width", [1280, 800])
+def test_the_tree_scrolls_to_what_the_address_selects(visit: Callable[..., Any], width: int) -> None:
+    page = visit("large", key="model.layers.30.part4", width=width)
+    leaf, tree = page.locator(".leaf[aria-selected=true]").bounding_box(), page.locator("#tree").bounding_box()
+    assert tree["y"] <= leaf["y"]
+    assert leaf["y"] + leaf["height"] <= min(tree["y"] + tree["height"], 900)
+
+
 def test_keys_move_fold_and_select(visit: Callable[..., Any]) -> None:
     page = visit()
     page.focus("#tree [tabindex='0']")

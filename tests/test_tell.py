@@ -34,7 +34,7 @@ def run(folder: Path, **environment: str) -> str:
 def test_torch_logs_and_trace_tell_of_every_linear_also_from_the_cache(tmp_path: Path) -> None:
     first = run(tmp_path, TORCH_LOGS="+quartet_compile", TORCH_TRACE=str(tmp_path / "trace"))
     assert "1 of 2 linears in NVFP4" in first
-    assert "left: small (program.py:11): min(in, out) = 8 features, below 64 [default]" in first
+    assert "left: small (program.py:11): min(in, out) = 8 features, below 64 [default (min_features)]" in first
     assert "quartet2: up (program.py:11) [default]" in first
     assert "quartet.exclude: 'x.*' matches no linear of this graph" in first
     before, after = first.split("the joint graph, after:")

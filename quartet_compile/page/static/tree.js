@@ -52,7 +52,7 @@ class Tree {
     this.makeReachable(leaf);
     const box = this.element.getBoundingClientRect();
     const own = leaf.getBoundingClientRect();
-    if (own.top < box.top || own.bottom > box.bottom) this.element.scrollTop += own.top - box.top - box.height / 3;
+    if (own.top < box.top || own.bottom > Math.min(box.bottom, innerHeight)) this.element.scrollTop += own.top - box.top - box.height / 3;
   }
 
   makeReachable(row) {
