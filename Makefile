@@ -22,6 +22,10 @@ $(VENV)/hf: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[hf]"
 	touch $@
 
+$(VENV)/browser: $(VENV)/ready
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[browser]"
+	touch $@
+
 $(VENV)/docs: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[docs]"
 	touch $@
@@ -32,7 +36,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(PYTEST) $(PARALLEL)
 
-test-slow: $(VENV)/ready $(VENV)/hf
+test-slow: $(VENV)/ready $(VENV)/hf $(VENV)/browser
 	$(PYTEST) $(PARALLEL) -m "slow and not gpu and not exhaustive"
 
 test-exhaustive: $(VENV)/ready

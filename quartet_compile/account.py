@@ -90,8 +90,8 @@ def _line(
     return LinearReport(
         linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
         decision.left_because, before, after, weight, flops=2 * tokens * features_in * features_out * sum(exists for *_, exists in present),
-        dtype=dtype, implementation=how if products else "", before=names,
-        after=tuple(_nodes_of(linear, result.written)),
+        dtype=dtype, implementation=how if products else "", before=names, after=tuple(_nodes_of(linear, result.written)),
+        in_graph=tuple(name for name, _, exists in present if exists), groups=linear.groups,
     )  # fmt: skip
 
 
@@ -107,6 +107,7 @@ def implementation(device: torch.device, grouped: bool, autotuned: bool) -> str:
 
 
 def packed_bytes(rows: int, columns: int) -> int:
+    """Codes, group scales and the tensor scale of a packed matrix; its columns are padded to whole groups."""
     padded = ceil_to(columns, GROUP)
     return rows * (padded // 2 + padded // GROUP) + 4
 

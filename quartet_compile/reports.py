@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ class LinearReport:
     checkpointing is not counted here, only in the totals. weight_bytes: the packed weight that is kept on top of the parameter. flops: of
     its products, rewritten or not, 2 T I O each. dtype: of its input. implementation: what multiplies on its device, if rewritten. before:
     the nodes of its products in the unchanged graphs. after: in the rewritten ones, the nodes of its products and of their quantizers,
-    some of which serve other linears, too.
+    some of which serve other linears, too. in_graph: those of "y", "dx", "dw" that there are, rewritten or not; unknown, thus empty, if
+    its form is unsupported. groups: how many weights it has, each for a group of its tokens, where they are multiplied as one product.
     """
 
     name: str
@@ -43,6 +45,8 @@ class LinearReport:
     implementation: str = ""
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
+    in_graph: tuple[str, ...] = ()
+    groups: int | None = None
 
     @property
     def flops_in_nvfp4(self) -> int:
@@ -125,7 +129,8 @@ SOURCES = ("forward_before", "forward", "backward_before", "backward")
 
 @dataclass(frozen=True)
 class Report:
-    """All graphs of a model. `print(report)` shows a table; `to_dict` and `write_graphs` give the rest.
+    """All graphs of a model. `print(report)` shows a table; `save("report.html")` writes a page, and `to_dict` and `write_graphs` give the
+    rest.
 
     not_captured: names of nn.Linear modules, and of other parameters with two or more dimensions that are no embedding, that no captured
     graph contained: code that is never called or that Dynamo left to eager PyTorch. unmatched: (option, glob) of the options that matched
@@ -203,6 +208,23 @@ class Report:
         bytes_kept = ("saved_bytes_before", "saved_bytes_after", "weight_bytes_before", "weight_bytes_after")
         totals = ("flops", "flops_in_nvfp4", "flops_of_others", *bytes_kept)
         return data | {name: getattr(self, name) for name in totals}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the report as one file, and return its path: a page for a browser (.html, needs jinja2) or what `to_dict` gives (.json).
+
+        The page contains all it needs and the graphs' sources. Raises ValueError for any other suffix, ModuleNotFoundError without jinja2.
+        """
+        path = Path(path)
+        if path.suffix == ".html":
+            from quartet_compile.page import render
+
+            text = render(self)
+        elif path.suffix == ".json":
+            text = json.dumps(self.to_dict(), indent=1)
+        else:
+            raise ValueError(f"cannot save a report as {path.name!r}: valid suffixes are .html and .json")
+        path.write_text(text, encoding="utf-8")
+        return path
 
     def write_graphs(self, folder: str | Path) -> list[Path]:
         """Write all graphs as Python files that can be read and run, and return their paths: graph0_forward_before.py,

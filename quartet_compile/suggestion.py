@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from quartet_compile.text import _bytes, _table
+from quartet_compile.text import _table, bytes_text
 
 By = Literal["linear", "kind", "block"]
 Measure = Literal["alone", "left out"]
@@ -153,4 +153,4 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _signed_bytes(n: int) -> str:
-    return ("-" if n < 0 else "+") + _bytes(abs(n))
+    return ("-" if n < 0 else "+") + bytes_text(abs(n))

@@ -28,14 +28,14 @@ def text(report: Report) -> str:
         parts = report.flops_in_nvfp4, report.flops - report.flops_in_nvfp4 - report.flops_of_others, report.flops_of_others
         ours, left, others = (part / report.flops for part in parts)
         lines.append(
-            f"floating point operations of products: {_scaled(report.flops)}, {ours:.1%} in NVFP4, "
+            f"floating point operations of products: {count_text(report.flops)}, {ours:.1%} in NVFP4, "
             f"{left:.1%} of linears left, {others:.1%} of {len(report.others)} other products (attention)"
         )
     for how, count in Counter(linear.implementation for linear in report.rewritten for _ in linear.names).items():
         lines.append(f"multiplied as: {how} ({count} linears)")
     lines.append(
-        f"kept for the backward pass: activations {_bytes(report.saved_bytes_before)} -> {_bytes(report.saved_bytes_after)}, "
-        f"weights beside the parameters {_bytes(report.weight_bytes_before)} -> {_bytes(report.weight_bytes_after)}"
+        f"kept for the backward pass: activations {bytes_text(report.saved_bytes_before)} -> {bytes_text(report.saved_bytes_after)}, "
+        f"weights beside the parameters {bytes_text(report.weight_bytes_before)} -> {bytes_text(report.weight_bytes_after)}"
     )
     return "\n".join(lines)
 
@@ -77,17 +77,19 @@ def _row(linear: LinearReport) -> tuple[str, ...]:
     shape = "" if linear.shape is None else f"{linear.shape[0]} x {linear.shape[1]} -> {linear.shape[2]}"
     saved = ""
     if linear.saved_before or linear.saved_after:
-        saved = f"{_bytes(linear.saved_before)} -> {_bytes(linear.saved_after)}"
+        saved = f"{bytes_text(linear.saved_before)} -> {bytes_text(linear.saved_after)}"
     elif "dw" in linear.products:
         saved = "shared"
     return linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
 
 
-def _bytes(n: int) -> str:
+def bytes_text(n: int) -> str:
+    """4608 -> "4.5 KiB"."""
     return f"{n} B" if n < 1024 else f"{n / 1024:.1f} KiB" if n < 1024**2 else f"{n / 1024**2:.1f} MiB"
 
 
-def _scaled(n: int) -> str:
+def count_text(n: int) -> str:
+    """23200000 -> "23.2 M"."""
     steps = min(4, (len(str(n)) - 1) // 3)
     return f"{n / 1000**steps:.3g}{('', ' K', ' M', ' G', ' T')[steps]}"
 
