@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from quartet_compile.kernels import observed_ops  # noqa: F401  (registers the operators)
+from quartet_compile.kernels import grouped_ops, observed_ops  # noqa: F401  (register the operators)
 from quartet_compile.passes.nodes import add_call
 
 if TYPE_CHECKING:
@@ -30,27 +30,20 @@ OBSERVED = {
     quartet.quantize_grad.default: quartet.quantize_grad_observed.default,
     quartet.requantize.default: quartet.requantize_observed.default,
 }
-PRODUCTS = (quartet.matmul.default, quartet.grouped_matmul.default, quartet.grouped_outer.default)
 
 
 def observe(graph: Graph, written: Sequence[Written]) -> None:
     """Have the operators of these products observed; in place. They keep their names, metadata and results."""
     uses: dict[Node, list[str]] = {}
     compared: list[tuple[Node, Node, Node, bool, str]] = []
-    for site, kind, result in written:
+    for one in written:
+        site, kind, result = one
         if not result.users:
             continue  # nobody needed it: it left the graph
-        product = _product(result)
-        left, right = _quantizer(product, 0), _quantizer(product, 3)
-        if kind == "y":
-            x, w = (right, left) if site.transposed else (left, right)
-            operands = {"x": x, "w": w}
-        else:
-            swapped = right.target is quartet.quantize_grad.default
-            e, saved = (right, left) if swapped else (left, right)
-            operands = {"e": e, "w" if kind == "dx" else "x": saved}
-            if product.target is quartet.matmul.default:
-                compared.append((product, e, saved, swapped, f"{kind} - {site.name}"))
+        first, second = one.quantizers
+        operands = {"x": first, "w": second} if kind == "y" else {"e": first, "w" if kind == "dx" else "x": second}
+        if kind != "y" and one.product.target is quartet.matmul.default:
+            compared.append((one.product, first, second, one.swapped, f"{kind} - {site.name}"))
         for role, quantizer in operands.items():
             uses.setdefault(quantizer, []).append(f"{kind} {role} {site.name}")
     if not uses:
@@ -58,26 +51,13 @@ def observe(graph: Graph, written: Sequence[Written]) -> None:
     call = _call(graph, next(node for node in graph.nodes if node in uses))
     for product, e, saved, swapped, use in compared:
         matrix, *_, transposed = e.args[:5]
-        source = _quantizer(saved, 0)
+        source: Any = saved.args[0].args[0]  # type: ignore[union-attr]
         product.args = (*product.args, matrix, transposed, source.args[0], swapped, call, [use])
         product.target = quartet.matmul_observed.default
     for quantizer, its_uses in uses.items():
         target: Any = quantizer.target
         quantizer.args = (*quantizer.args, call, its_uses)
         quantizer.target = OBSERVED[target]
-
-
-def _product(result: Node) -> Node:
-    """The product behind a result, which of groups is moved to other rows."""
-    while result.target not in PRODUCTS:
-        result = result.all_input_nodes[0]
-    return result
-
-
-def _quantizer(node: Node, position: int) -> Node:
-    """What makes the packed operand of a node that begins at this argument."""
-    codes: Any = node.args[position]
-    return codes.args[0]
 
 
 def _call(graph: Graph, first: Node) -> Node:

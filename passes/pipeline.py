@@ -19,7 +19,6 @@ from torch.fx import Graph, GraphModule, Node
 from quartet_compile import kernels
 from quartet_compile.passes.match import match
 from quartet_compile.passes.observe import observe
-from quartet_compile.passes.operand import Operand
 from quartet_compile.passes.place import Decision, Policy, place, unmatched_globs
 from quartet_compile.passes.recompute import recompute
 from quartet_compile.passes.rewrite import Written, rewrite
@@ -33,13 +32,13 @@ from quartet_compile.passes.vectors import expand
 class Result:
     """What was decided for one graph.
 
-    decisions: one for each linear. unmatched: the option globs that matched nothing in it. recomputed: the operands that the backward pass
-    quantizes again. products: the nodes that multiplied before, of each linear. written: what came in place of them.
+    decisions: one for each linear. unmatched: the option globs that matched nothing in it. recomputed: the quantizers that run
+    again in the backward pass. products: the nodes that multiplied before, of each linear. written: what came in place of them.
     """
 
     decisions: tuple[Decision, ...]
     unmatched: tuple[tuple[str, str], ...]
-    recomputed: frozenset[Operand]
+    recomputed: frozenset[Node]
     products: tuple[tuple[Node, ...], ...]
     written: tuple[Written, ...]
 

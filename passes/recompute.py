@@ -21,7 +21,6 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from quartet_compile.passes.match import backward_nodes
-from quartet_compile.passes.operand import Operand, operand
 from quartet_compile.passes.provenance import LAYOUT_OPS, dynamo_input_index
 
 CHOICES = ("none", "weights", "operands")
@@ -29,9 +28,9 @@ CHOICES = ("none", "weights", "operands")
 quartet = torch.ops.quartet
 
 
-def recompute(graph: Graph, parameters: Mapping[int, str], choice: str) -> frozenset[Operand]:
-    """Mark forward quantizers of a rewritten joint graph, and the code before them, as to be computed again. Returns their operands."""
-    marked: set[Operand] = set()
+def recompute(graph: Graph, parameters: Mapping[int, str], choice: str) -> frozenset[Node]:
+    """Mark forward quantizers of a rewritten joint graph, and the code before them, as to be computed again. Returns the quantizers."""
+    marked: set[Node] = set()
     if choice == "none":
         return frozenset()
     backward = backward_nodes(graph)
@@ -48,7 +47,7 @@ def recompute(graph: Graph, parameters: Mapping[int, str], choice: str) -> froze
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             for node in again:
                 node.meta.setdefault("recompute", CheckpointPolicy.MUST_RECOMPUTE)
-            marked.add(operand(quantizer.all_input_nodes[0]))
+            marked.add(quantizer)
     return frozenset(marked)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch._inductor import inductor_prims  # noqa: F401  (registers prims.inductor_seeds)
 from torch.fx import Graph, Node
 
+from quartet_compile.kernels import grouped_ops, observed_ops  # noqa: F401  (register the operators)
 from quartet_compile.passes import convolution
 from quartet_compile.passes.grouped import GroupedWriter
 from quartet_compile.passes.nodes import add_call
@@ -35,6 +36,10 @@ aten, quartet = torch.ops.aten, torch.ops.quartet
 
 IN_BACKWARD = "must_be_in_backward"
 
+PRODUCTS = (
+    quartet.matmul.default, quartet.grouped_matmul.default, quartet.grouped_outer.default, quartet.matmul_observed.default,
+)  # fmt: skip
+
 
 class Written(NamedTuple):
     """A product of a linear, and the node that now holds its result, or that of one matrix of a batch."""
@@ -42,6 +47,34 @@ class Written(NamedTuple):
     site: Site
     kind: Literal["y", "dx", "dw"]
     node: Node
+
+    @property
+    def product(self) -> Node:
+        """The product behind the result, which of groups is moved to other rows."""
+        node = self.node
+        while node.target not in PRODUCTS:
+            node = node.all_input_nodes[0]
+        return node
+
+    @property
+    def quantizers(self) -> tuple[Node, Node]:
+        """What makes its packed operands: of y, x and w; of the gradients, the gradient and what was saved."""
+        left, right = (_quantizer(self.product, position) for position in (0, 3))
+        return (right, left) if self.swapped else (left, right)
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the weight, or what was saved, is the operand on the left."""
+        if self.kind == "y":
+            return self.site.transposed
+        gradient = self.site.dgrad if self.kind == "dx" else self.site.wgrad
+        return gradient is not None and gradient.transposed and not (self.kind == "dx" and self.site.ends is not None)
+
+
+def _quantizer(node: Node, position: int) -> Node:
+    """What makes the packed operand of a node that begins at this argument."""
+    codes: Any = node.args[position]
+    return codes.args[0]
 
 
 class PackedNodes(NamedTuple):

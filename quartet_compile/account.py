@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -22,13 +21,6 @@ from quartet_compile.passes.provenance import Kind, origins
 from quartet_compile.passes.rewrite import Written
 from quartet_compile.passes.site import Site
 from quartet_compile.reports import LinearReport, OtherProduct
-
-aten, quartet = torch.ops.aten, torch.ops.quartet
-
-FROM_PACKED = {quartet.matmul.default, quartet.grouped_matmul.default, quartet.grouped_outer.default, quartet.requantize.default}
-"""Operators of ours whose inputs are packed."""
-
-QUANTIZERS = {quartet.quantize.default, quartet.quantize_grad.default, quartet.requantize.default}
 
 
 def products(graph: Graph) -> dict[Node, OtherProduct]:
@@ -74,6 +66,8 @@ def _line(
             after=names,
         )  # fmt: skip
     tokens, features_in, features_out = (hint(n) for n in linear.shape)
+    mine = {one.kind: one for one in result.written if one.site is linear}
+    x_again, w_again = (q in result.recomputed for q in mine["y"].quantizers) if mine else (False, False)
     present = (("y", recipe.forward, True), ("dx", recipe.dgrad, linear.dgrad is not None), ("dw", recipe.wgrad, linear.wgrad is not None))
     products = tuple(name for name, cells, exists in present if cells is not None and exists)
     before = after = 0
@@ -82,15 +76,15 @@ def _line(
         before = tokens * features_in * linear.x.base.meta["val"].element_size()
         rows = tokens if linear.groups is None else padded_rows(tokens, linear.groups)
         after = packed_bytes(rows, features_in) if "dw" in products else before
-        after = 0 if linear.x in result.recomputed else after
+        after = 0 if x_again else after
     outs = features_out if linear.groups is None else linear.groups * ceil_to(features_out, ROTATION)
-    weight = packed_bytes(outs, features_in) if "dx" in products and linear.w not in result.recomputed else 0
+    weight = packed_bytes(outs, features_in) if "dx" in products and not w_again else 0
     how = implementation(linear.forward.meta["val"].device, linear.groups is not None, autotuned)
     dtype = str(linear.x.base.meta["val"].dtype).removeprefix("torch.")
     return LinearReport(
         linear.name, at.source, (tokens, features_in, features_out), recipe.name, decision.decided_by, products, decision.reason,
         decision.left_because, before, after, weight, flops=2 * tokens * features_in * features_out * sum(exists for *_, exists in present),
-        dtype=dtype, implementation=how if products else "", before=names, after=tuple(_nodes_of(linear, result.written)),
+        dtype=dtype, implementation=how if products else "", before=names, after=tuple(_nodes_now(linear, mine)),
         in_graph=tuple(name for name, _, exists in present if exists), groups=linear.groups,
     )  # fmt: skip
 
@@ -112,23 +106,12 @@ def packed_bytes(rows: int, columns: int) -> int:
     return rows * (padded // 2 + padded // GROUP) + 4
 
 
-def _nodes_of(site: Site, written: Iterable[Written]) -> Iterable[str]:
-    """Names of the nodes of a linear in the rewritten graph: its products and the quantizers of their operands."""
-    found: dict[Node, None] = {}
-    now = {product.kind: product.node for product in written if product.site is site}
-    gradients = (("dx", site.dgrad), ("dw", site.wgrad))
-    waiting = [now.get("y", site.forward), *(now.get(kind, gradient.node) for kind, gradient in gradients if gradient is not None)]
-    while waiting:
-        node = waiting.pop(0)
-        if node in found:
-            continue
-        found[node] = None
-        if node.target in FROM_PACKED:
-            sources = [n.all_input_nodes[0] for n in node.all_input_nodes if n.target is operator.getitem]
-            waiting += [n for n in sources if n.target in QUANTIZERS]
-        elif node.target in (quartet.take_rows.default, aten.slice.Tensor):
-            waiting += node.all_input_nodes[:1]
-    return (node.name for node in found)
+def _nodes_now(site: Site, own: Mapping[str, Written]) -> Iterable[str]:
+    """Names of a linear's nodes in the rewritten graph: what its products became, or are, in the order y, dx, dw; then quantizers."""
+    before = {"y": site.forward} | {kind: g.node for kind, g in (("dx", site.dgrad), ("dw", site.wgrad)) if g is not None}
+    results = [own[kind].node if kind in own else node for kind, node in before.items()]
+    behind = [node for one in own.values() for node in (one.product, *one.quantizers)]
+    return dict.fromkeys(node.name for node in results + behind)
 
 
 # ---------------------------------------------------------------- what is kept

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ class LinearReport:
     saved_before, saved_after: bytes kept for the backward pass for its input, 0 where another linear already keeps the same input;
     checkpointing is not counted here, only in the totals. weight_bytes: the packed weight that is kept on top of the parameter. flops: of
     its products, rewritten or not, 2 T I O each. dtype: of its input. implementation: what multiplies on its device, if rewritten. before:
-    the nodes of its products in the unchanged graphs. after: in the rewritten ones, the nodes of its products and of their quantizers,
+    the nodes of its products in the unchanged graphs. after: in the rewritten ones, the nodes of its products and then of their quantizers,
     some of which serve other linears, too. in_graph: those of "y", "dx", "dw" that there are, rewritten or not; unknown, thus empty, if
     its form is unsupported. groups: how many weights it has, each for a group of its tokens, where they are multiplied as one product.
     """
@@ -160,6 +161,11 @@ class Report:
     def rewritten(self) -> tuple[LinearReport, ...]:
         """Those of which a product was rewritten."""
         return tuple(linear for linear in self.linears if linear.products)
+
+    @property
+    def implementations(self) -> dict[str, int]:
+        """What multiplies the linears that are rewritten, and how many of them."""
+        return dict(Counter(linear.implementation for linear in self.rewritten for _ in linear.names))
 
     @property
     def flops(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from quartet_compile.reports import LinearReport, Report
@@ -31,8 +30,7 @@ def text(report: Report) -> str:
             f"floating point operations of products: {count_text(report.flops)}, {ours:.1%} in NVFP4, "
             f"{left:.1%} of linears left, {others:.1%} of {len(report.others)} other products (attention)"
         )
-    for how, count in Counter(linear.implementation for linear in report.rewritten for _ in linear.names).items():
-        lines.append(f"multiplied as: {how} ({count} linears)")
+    lines += [f"multiplied as: {how} ({count} linears)" for how, count in report.implementations.items()]
     lines.append(
         f"kept for the backward pass: activations {bytes_text(report.saved_bytes_before)} -> {bytes_text(report.saved_bytes_after)}, "
         f"weights beside the parameters {bytes_text(report.weight_bytes_before)} -> {bytes_text(report.weight_bytes_after)}"

@@ -63,9 +63,11 @@ def test_the_page_is_one_file_that_loads_nothing(report: Report, page: Page, tmp
 
 def test_the_page_says_all_that_the_printed_report_says(report: Report, page: Page) -> None:
     header = page.root.one("header").text
-    first, *_, operations, kept = str(report).splitlines()
+    first, *_, operations, multiplied, kept = str(report).splitlines()
     numbers = re.findall(r"[\d.]+(?:%| [KMGT]i?B?)?", f"{first} {operations} {kept}")
     assert len(numbers) == 14
+    assert multiplied == "multiplied as: emulated on the CPU (3 linears)"
+    assert multiplied in header
     for number in numbers:
         assert number in header, number
     assert "3 of 7 linears in NVFP4" in header

@@ -128,6 +128,25 @@ def test_the_same_numbers_from_less(name: str, autocast: bool) -> None:
         assert all(linear.weight_bytes == 0 for linear in less.linears)
 
 
+def test_of_the_matrices_of_a_batch_nothing_is_kept() -> None:
+    """What is quantized again is one of them, not the whole that a linear's operand points to."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(2, DIM, DIM))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(x.tanh().expand(2, -1, -1).clone(), self.weights)
+
+    model = Experts()
+    for choice, kept in (("none", 2), ("weights", 0)):
+        _, graph = step(model, choice, False)
+        packed = [linear.weight_bytes for linear in graph.linears]
+        assert sum(packed) == graph.weights_after
+        assert sum(map(bool, packed)) == kept
+
+
 def test_what_a_block_keeps() -> None:
     """Four inputs of linears go; nothing comes in their place."""
     torch.manual_seed(0)

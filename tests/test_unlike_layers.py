@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import nop
+from page_support import Page
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
@@ -44,7 +46,7 @@ def products_of_aten_graphs(model: torch.nn.Module, tokens: torch.Tensor) -> lis
 
 
 @pytest.mark.parametrize("in_a_loop", [True, False])
-def test_every_product_is_accounted_for(in_a_loop: bool) -> None:
+def test_every_product_is_accounted_for(in_a_loop: bool, tmp_path: Path) -> None:
     """In a loop: a graph break there leaves the loop to eager code, and torch's own modules with it, which Dynamo does not compile."""
     model, tokens = Unlike(in_a_loop), torch.randint(0, 96, (2, 12))
     report = quartet.explain(model, tokens)
@@ -65,3 +67,15 @@ def test_every_product_is_accounted_for(in_a_loop: bool) -> None:
     left_to_eager = {"layers.0", "layers.1", "layers.6.0", "layers.6.2", "layers.28", "lm_head"} if in_a_loop else set()
     assert linears - lines == left_to_eager
     assert left_to_eager | in_branches <= set(report.not_captured)
+
+    # the page shows the same
+    page = Page(report.save(tmp_path / "report.html").read_text())
+    states = Counter(str(leaf.attributes["class"]).split()[1] for leaf in page.root.all("li", class_="leaf"))
+    named = Counter(linear.left_because or "nvfp4" for linear in report.linears for _ in linear.names)
+    modules = {(i, product.module) for i, graph in enumerate(report.graphs) for product in graph.others}  # one leaf for those of a module
+    assert states == named | Counter(other=len(modules), missing=len(report.not_captured))
+    text = page.root.text
+    assert all(name in text for linear in report.linears for name in (*linear.names, linear.source, linear.reason))
+    assert all(product.node in text for product in report.others)
+    assert all(name in text for name in report.not_captured)
+    assert all(note in text for graph in report.graphs for note in graph.notes)
