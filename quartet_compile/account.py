@@ -66,7 +66,7 @@ def _line(
             after=names,
         )  # fmt: skip
     tokens, features_in, features_out = (hint(n) for n in linear.shape)
-    mine = {one.kind: one for one in result.written if one.site is linear}
+    mine: dict[str, Written] = {one.kind: one for one in result.written if one.site is linear}
     x_again, w_again = (q in result.recomputed for q in mine["y"].quantizers) if mine else (False, False)
     present = (("y", recipe.forward, True), ("dx", recipe.dgrad, linear.dgrad is not None), ("dw", recipe.wgrad, linear.wgrad is not None))
     products = tuple(name for name, cells, exists in present if cells is not None and exists)

@@ -668,16 +668,15 @@ def test_on_a_gpu_every_observed_step_is_recorded_and_the_others_run_as_ever(mod
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_figures_are_those_of_a_cpu() -> None:
-    """The same operands, seeds and rows: a near-tie here and there differs, and the order of sums."""
+    """The same operands, all of them measured, but other seeds: errors are means over thousands of groups, so they differ by a percent."""
     model, x, e = nn.Linear(512, 256, bias=False), torch.randn(640, 512), torch.randn(640, 256)
     found = []
     for device in ("cpu", "cuda"):
         torch._dynamo.reset()
         own = x.to(device).requires_grad_()
         compiled = torch.compile(deepcopy(model).to(device), backend=Heard())
-        observer = quartet.observe(compiled, file=None, elements=2**14)
-        with one_seed():
-            compiled(own).backward(e.to(device))
+        observer = quartet.observe(compiled, file=None, elements=None)
+        compiled(own).backward(e.to(device))
         found.append({(r.product, r.operand): r for r in observer})
     assert len(found[0]) == len(found[1]) == 8
     for use, here in found[0].items():
@@ -685,7 +684,7 @@ def test_on_a_gpu_the_figures_are_those_of_a_cpu() -> None:
         assert there.elements == here.elements
         for name in ("error", "gain", "cosine", "saturated", "underflowed", "amax"):
             ours, theirs = getattr(here, name), getattr(there, name)
-            assert ours is None if theirs is None else ours == pytest.approx(theirs, rel=5e-3, abs=1e-4), (use, name)
+            assert ours is None if theirs is None else ours == pytest.approx(theirs, rel=0.03, abs=2e-3), (use, name)
 
 
 # ---------------------------------------------------------------- what the user sees

@@ -216,6 +216,7 @@ class Branching(nn.Module):
         return y.relu() @ torch.tensor([[0.5]] * 128) * self.scale
 
 
+@pytest.mark.slow
 def test_graphs_are_files_that_run(tmp_path: Path) -> None:
     """Before and after, forward and backward: they print the shapes of what they compute."""
     x = torch.randn(24, 64, requires_grad=True)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = """
 import torch
 from torch import nn
@@ -31,6 +33,7 @@ def run(folder: Path, **environment: str) -> str:
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stderr
 
 
+@pytest.mark.slow
 def test_torch_logs_and_trace_tell_of_every_linear_also_from_the_cache(tmp_path: Path) -> None:
     first = run(tmp_path, TORCH_LOGS="+quartet_compile", TORCH_TRACE=str(tmp_path / "trace"))
     assert "1 of 2 linears in NVFP4" in first

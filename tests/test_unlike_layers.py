@@ -45,7 +45,7 @@ def products_of_aten_graphs(model: torch.nn.Module, tokens: torch.Tensor) -> lis
     return graphs
 
 
-@pytest.mark.parametrize("in_a_loop", [True, False])
+@pytest.mark.parametrize("in_a_loop", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_every_product_is_accounted_for(in_a_loop: bool, tmp_path: Path) -> None:
     """In a loop: a graph break there leaves the loop to eager code, and torch's own modules with it, which Dynamo does not compile."""
     model, tokens = Unlike(in_a_loop), torch.randint(0, 96, (2, 12))

@@ -9,7 +9,7 @@ midpoint, or of its draw, may be rounded to the other side.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ from quartet_compile.cli.check import REPORT, Check
 from quartet_compile.kernels import philox, reference, reference_ops
 from quartet_compile.kernels.format import ROTATION, Quantized, ceil_div, ceil_to, unpack
 from quartet_compile.kernels.grouped_ops import padded_rows
+from quartet_compile.kernels.measure import Sample
+from quartet_compile.kernels.observed_ops import heard_by
 from quartet_compile.kernels.value_ops import product_order, values_of
 
 quartet = torch.ops.quartet
@@ -345,12 +347,92 @@ def _grouped_outer(device: torch.device) -> list[Difference]:
     return [elements("numbers", quartet.grouped_outer(*packed(a, device), *packed(b, device), place, 0.5), expected)]
 
 
+# ---------------------------------------------------------------- cases: operators of observed steps
+
+
+class _Ear:
+    """Hears of everything."""
+
+    elements: int | None = None
+
+    def __init__(self) -> None:
+        self.samples = 0
+
+    def wants(self, uses: Sequence[str]) -> bool:
+        return True
+
+    def take(self, uses: Sequence[str], rule: str, sample: Sample) -> None:
+        self.samples += 1
+
+
+def _observed(device: torch.device, run: Callable[[Tensor], list[Difference]]) -> list[Difference]:
+    """What `run` finds for the number of a call, and that whoever listens hears of it once."""
+    ear = _Ear()
+    with heard_by(ear):
+        found = run(quartet.observed_call(torch.empty(0, device=device)))
+    return [*found, Difference("samples", abs(ear.samples - 1), 1)]
+
+
+def _observed_call(device: torch.device) -> list[Difference]:
+    """Another number in each call, 0 outside of all; on the CPU."""
+    like, numbers = torch.empty(0, device=device), [quartet.observed_call(torch.empty(0, device=device))]
+    for _ in range(2):
+        with heard_by(_Ear()):
+            numbers.append(quartet.observed_call(like))
+    first, *others = numbers
+    wrong = [first.item() != 0, len({n.item() for n in numbers}) != 3, any(n.device.type != "cpu" for n in others)]
+    return [Difference("numbers of calls", sum(wrong), 3)]
+
+
+def _quantize_observed(device: torch.device) -> list[Difference]:
+    x = gauss(ROWS, COLUMNS)
+    return _observed(
+        device,
+        lambda call: matrices(
+            quartet.quantize_observed(x.to(device), FORWARD, call, ["y x"]), reference_ops.quantize(x, FORWARD), near_ties=False
+        ),
+    )
+
+
+def _quantize_grad_observed(device: torch.device) -> list[Difference]:
+    e, seeds, near = gauss(ROWS, COLUMNS).to(device), SEEDS.to(device), device.type != "cpu"
+    return _observed(
+        device,
+        lambda call: matrices(quartet.quantize_grad_observed(e, seeds, 1, BACKWARD, True, call, ["dw e"]), _gradient(True, 1), near),
+    )
+
+
+def _requantize_observed(device: torch.device) -> list[Difference]:
+    saved, expected = _saved()
+    ours, seeds = [t.to(device) for t in saved], SEEDS.to(device)
+    return _observed(
+        device,
+        lambda call: matrices(
+            quartet.requantize_observed(*ours, COLUMNS, seeds, 2, BACKWARD, call, ["dx w"]), expected, device.type != "cpu"
+        ),
+    )
+
+
+def _matmul_observed(device: torch.device) -> list[Difference]:
+    e, saved = (q.dequantize(torch.bfloat16).to(device) for q in (A, B))
+
+    def run(call: Tensor) -> list[Difference]:
+        ours = quartet.matmul_observed(
+            *packed(A, device), *packed(B, device), None, 2.0**-7, torch.bfloat16, e, False, saved.t(), False, call, ["dx -"]
+        )
+        expected = product(A.dequantize(torch.float64), B.dequantize(torch.float64), scale=2.0**-7, dtype=torch.bfloat16)
+        return [elements("numbers", ours, expected)]
+
+    return _observed(device, run)
+
+
 CASES: dict[str, Callable[[torch.device], list[Difference]]] = {
     case.__name__.removeprefix("_"): case
     for case in (
         _quantize, _quantize_with_values, _quantize_values, _quantize_grad, _quantize_grad_both, _quantize_grad_swizzled,
         _quantize_grad_both_swizzled, _requantize, _requantize_swizzled, _requantize_values, _rotations, _grad_values, _grad_values_both,
         _swizzle, _matmul, _matmul_swizzled, _matmul_values, _group_rows, _take_rows, _grouped_matmul, _grouped_outer,
+        _observed_call, _quantize_observed, _quantize_grad_observed, _requantize_observed, _matmul_observed,
     )
 }  # fmt: skip
 """Operator -> its self-test. Every operator has one."""
