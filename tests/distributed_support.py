@@ -77,6 +77,13 @@ def join(rank: int, device_type: str, port: int) -> torch.device:
 def train(rank: int, kind: str, device_type: str, port: int, folder: str) -> None:
     """One step of one rank; its output and the gradients of all ranks go to a file."""
     device = join(rank, device_type, port)
+    torch.save(one_step(rank, kind, device), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def one_step(rank: int, kind: str, device: torch.device) -> list[Tensor]:
+    """Output and gradients. The model goes before the process group does: the last reference to a group of gloo, if it is a model's under
+    DDP, is dropped with Python's lock held, for which a thread of the group may be waiting."""
     net, x = model_and_batch(rank, device)
     model = parallel(net, kind, device)
     with one_seed():
@@ -84,8 +91,7 @@ def train(rank: int, kind: str, device_type: str, port: int, folder: str) -> Non
         y.square().mean().backward()
     gradients: list[Any] = [p.grad for p in net.parameters()]
     whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
-    torch.save([t.detach().cpu() for t in (y, *whole)], Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return [t.detach().cpu() for t in (y, *whole)]
 
 
 def alone(rank: int, device_type: str, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:

@@ -583,6 +583,12 @@ def test_operands_of_grouped_experts_are_measured_and_their_gradients_are_not_co
 def train_observed(rank: int, kind: str, device_type: str, port: int, folder: str) -> None:
     """Two steps of one rank, the first of them observed, with the same seeds; gradients and names go to files."""
     device = join(rank, device_type, port)
+    torch.save(two_steps(rank, kind, device, folder), Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def two_steps(rank: int, kind: str, device: torch.device, folder: str) -> list[Tensor]:
+    """The gradients. Model and observer go before the process group does, see `distributed_support.one_step`."""
     net, x = model_and_batch(rank, device)
     with torch.no_grad():
         for i, block in enumerate(net.blocks):
@@ -597,8 +603,7 @@ def train_observed(rank: int, kind: str, device_type: str, port: int, folder: st
         gradients: list[Any] = [p.grad for p in net.parameters()]
         results += [(g.full_tensor() if hasattr(g, "full_tensor") else g).cpu() for g in gradients]
     observer.remove()
-    torch.save(results, Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return results
 
 
 def check_two_ranks(kind: str, device_type: str, folder: Path) -> None:
