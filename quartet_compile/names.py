@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from quartet_compile.passes.locate import ROOT_NAME
 from quartet_compile.reports import LinearReport
 
 ENTERED = "_quartet_entered"
-"""Attribute of a parameter: number of an `Entered` -> names."""
+"""Attribute of a parameter: key of an `Entered` -> names. Keys are never used twice, since a saved parameter keeps its attributes."""
 
 _numbers = itertools.count()
 
@@ -28,25 +29,25 @@ class Entered:
     """The parameters that one graph was called with, and their names in it."""
 
     def __init__(self) -> None:
-        self.number = next(_numbers)
+        self.number, self.key = next(_numbers), uuid.uuid4().hex
 
     def add(self, parameter: Tensor, name: str) -> None:
-        names = parameter.__dict__.setdefault(ENTERED, {}).setdefault(self.number, [])
+        names = parameter.__dict__.setdefault(ENTERED, {}).setdefault(self.key, [])
         if name not in names:
             names.append(name)
 
     def names_of(self, parameter: Tensor) -> list[str]:
         """The names of a parameter in this graph; none if it did not enter."""
-        return getattr(parameter, ENTERED, {}).get(self.number, [])
+        return getattr(parameter, ENTERED, {}).get(self.key, [])
 
     def watching(self, compiled: Callable[..., Any], parameters: Mapping[int, str]) -> Callable[..., Any]:
         """A compiled graph whose parameters remember that it was called with them. parameters: index of an argument -> name."""
-        number, watched = self.number, tuple(parameters.items())
+        key, watched = self.key, tuple(parameters.items())
 
         @functools.wraps(compiled)
         def called(*args: Any) -> Any:
             for index, name in watched:
-                if number not in getattr(args[index], ENTERED, ()):
+                if key not in getattr(args[index], ENTERED, ()):
                     self.add(args[index], name)
             return compiled(*args)
 
@@ -57,7 +58,7 @@ class Entered:
         for parameter in model.parameters() if isinstance(model, nn.Module) else ():
             if self.names_of(parameter):
                 entered = getattr(parameter, ENTERED)
-                del entered[self.number]
+                del entered[self.key]
                 if not entered:
                     delattr(parameter, ENTERED)
 

@@ -17,18 +17,21 @@ from packaging.version import Version
 
 triton = pytest.importorskip("triton")
 
+LONG = ("forward", "quantizers", "eden_values")
+"""Those that take a minute even of the cases that are not slow by themselves."""
+
 UNUSABLE = Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4")
 
 
 @pytest.mark.skipif(UNUSABLE, reason="Triton 3.6 interprets with numpy before 2.4 only: it makes Python numbers of arrays with one element")
-@pytest.mark.parametrize("name", ["numbers", "quantizers", "matmul", "forward", "eden_values"])
+@pytest.mark.parametrize("name", ["numbers", "matmul", *(pytest.param(n, marks=pytest.mark.slow) for n in LONG)])
 def test_kernels_in_the_interpreter(name: str) -> None:
     run_interpreted(name, "not slow and not gpu")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(UNUSABLE, reason="as above")
-@pytest.mark.parametrize("name", ["forward", "quantizers", "eden_values"])
+@pytest.mark.parametrize("name", LONG)
 def test_kernels_in_the_interpreter_slowly(name: str) -> None:
     run_interpreted(name, "slow and not gpu")
 
