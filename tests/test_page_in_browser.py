@@ -244,7 +244,7 @@ def test_a_linear_shows_its_own_graph(visit: Callable[..., Any]) -> None:
     assert page.input_value("#graph") == "1"
     assert page.inner_text("article:not([hidden]) h2") == "layers.0.up"
     page.select_option("#graph", "3")
-    page.wait_for_function("document.querySelector('#after').textContent.includes('root_y')")
+    page.locator("#after").get_by_text("root_y").first.wait_for(state="attached")
 
 
 def test_sides_scroll_together(visit: Callable[..., Any]) -> None:
