@@ -23,8 +23,7 @@ def report(compiled: Callable[..., Any]) -> Report:
 
     compiled: what torch.compile returned, a module after ``module.compile``, or a module around such ones. The report has every graph:
     those between graph breaks, and those of earlier compilations, marked as superseded; not the second versions that `observe` has
-    compiled. Nothing is compiled or run. Raises ValueError if
-    the backend has compiled nothing of it yet.
+    compiled. Nothing is compiled or run. Raises ValueError if the backend has compiled nothing of it yet.
     """
     model = getattr(compiled, "_orig_mod", compiled)
     chosen = _compilations_of(compiled, model)
@@ -52,13 +51,14 @@ def _compilations_of(compiled: Callable[..., Any], model: Any) -> list[Compilati
     parameters = parameter_paths(model)
     context = _context(compiled)
 
+    def is_own(c: Compilation) -> bool:
+        return context is not None and any(other() is context for other in c.around.contexts)
+
     def concerns(c: Compilation) -> bool:
-        called = any(m() is model for m in c.around.modules) or any(c.entered.names_of(p) for p in parameters)
-        return called or (context is not None and any(other() is context for other in c.around.contexts))
+        return is_own(c) or any(m() is model for m in c.around.modules) or any(c.entered.names_of(p) for p in parameters)
 
     found = [c for c in compilations() if not c.scope.observed and concerns(c)]
-    own = [c for c in found if context is not None and any(other() is context for other in c.around.contexts)]
-    return own or found
+    return list(filter(is_own, found)) or found
 
 
 def _context(compiled: Any) -> Any:

@@ -1,79 +1,27 @@
-"""Numerics while training: the figures are right, belong to the right layer and call, and change nothing."""
+"""Numerics while training: the figures are right, and observing changes nothing."""
 
 from __future__ import annotations
 
 import functools
-import json
-import logging
 import math
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import float64_recipe as independent
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from distributed_support import KINDS, RANKS, join, model_and_batch, on_all_ranks, parallel
-from support import float64, one_seed, recorded_seeds, relative_error
+from observe_support import ALL, Heard, mlp, observed, only, step, uses
+from support import float64, recorded_seeds
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
-from torch.utils.checkpoint import checkpoint
 
 import quartet_compile as quartet
-from quartet_compile import observer as observing
-from quartet_compile.backend import active_scope, parameter_names
-from quartet_compile.capture import GraphCapture
 from quartet_compile.kernels import measure, philox, reference
-from quartet_compile.options import split_options
-
-
-class Heard(GraphCapture):
-    """The passes and the partitioner as `support.capture` has them, and graphs that observers hear of as the backend makes them."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(split_options({f"quartet.{k}": v for k, v in options.items()})[0])
-
-    def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        names = parameter_names(gm, example_inputs)
-        compiled = super().__call__(gm, example_inputs)
-        return observing.heard(compiled, names) if active_scope().observed else compiled
-
-
-def observed(model: Any, every: int = 1, elements: int | None = None, file: Any = None, **options: Any) -> tuple[Any, quartet.Observer]:
-    compiled = torch.compile(model, backend=Heard(**options))
-    return compiled, quartet.observe(compiled, every, file, elements=elements)
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
-
-
-ALL = ["y x", "y w", "dx e", "dx w", "dx ", "dw e", "dw x", "dw "]
-FIRST = [use for use in ALL if not use.startswith("dx")]
-"""What is recorded of a linear, and of one whose input takes no gradient."""
-
-
-def uses(records: Sequence[quartet.Observation]) -> dict[str, list[str]]:
-    """What was recorded of each linear, in the order of `ALL`."""
-    found: dict[str, list[str]] = {}
-    for r in records:
-        found.setdefault(r.linear, []).append(f"{r.product} {r.operand}")
-    return {linear: sorted(own, key=ALL.index) for linear, own in found.items()}
-
-
-def only(records: quartet.Observations, linear: str, use: str) -> quartet.Observation:
-    (record,) = records.of(linear, product=use.split(" ")[0], operand=use.split(" ")[1])
-    return record
-
 
 # ---------------------------------------------------------------- figures
 
@@ -217,19 +165,6 @@ def test_a_zero_operand_has_no_relative_error() -> None:
     assert " - " in observer.table()
 
 
-# ---------------------------------------------------------------- nothing changes
-
-
-def step(compiled: Any, x: Tensor, seed: int = 7) -> list[Tensor]:
-    torch.manual_seed(seed)
-    x.grad = None
-    model = getattr(compiled, "_orig_mod", compiled)
-    model.zero_grad()
-    y = compiled(x)
-    y.square().mean().backward()
-    return [y.detach().clone(), x.grad.clone(), *(p.grad.clone() for p in model.parameters())]
-
-
 @pytest.mark.parametrize("backend", [pytest.param("quartet", marks=pytest.mark.slow), "passes"])
 def test_an_observed_step_has_the_bits_of_one_that_is_not(backend: str) -> None:
     """What is left of the random state, too."""
@@ -336,179 +271,6 @@ def test_inductor_generates_an_observed_step_for_a_gpu(capability: int) -> None:
     assert ".copy_(" not in program
 
 
-# ---------------------------------------------------------------- which calls
-
-
-def test_every_nth_call_in_training_with_gradients_is_observed() -> None:
-    model, x = mlp(), torch.randn(8, 64)
-    compiled, observer = observed(model, every=3)
-    for _ in range(5):
-        compiled(x).sum().backward()
-        with torch.no_grad():
-            compiled(x)
-        compiled.eval()
-        compiled(x)
-        compiled.train()
-    assert sorted({r.call for r in observer}) == [0, 3]
-    assert uses(observer.of(call=3)) == {"0": FIRST, "2": ALL}
-    assert observer.calls == 5
-
-
-def test_two_forward_passes_before_their_backward_passes() -> None:
-    """Each figure is of the call that it belongs to: the second input is another one."""
-    model, a, b = nn.Linear(64, 64), torch.randn(8, 64), 3 * torch.randn(8, 64)
-    compiled, observer = observed(model)
-    first, second = compiled(a), compiled(b)
-    second.sum().backward()
-    (5 * first).sum().backward()
-    for call, x, e in ((0, a, 5), (1, b, 1)):
-        own = observer.of(call=call)
-        assert uses(own) == {"(root)": FIRST}
-        assert only(own, "(root)", "y x").amax == x.abs().max()
-        assert only(own, "(root)", "dw e").amax == e
-    assert observer.table().splitlines()[0] == "quartet: call 1, 1 linears"
-
-
-def test_of_two_backward_passes_of_one_call_the_first_is_recorded() -> None:
-    model = nn.Linear(64, 64)
-    compiled, observer = observed(model)
-    y = compiled(torch.randn(8, 64))
-    y.sum().backward(retain_graph=True)
-    (3 * y).sum().backward()
-    assert uses(observer) == {"(root)": FIRST}
-    assert only(observer, "(root)", "dw e").amax == 1
-
-
-# ---------------------------------------------------------------- which layers
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Stack(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-NAMES = [f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")]
-
-
-def scaled_stack() -> Stack:
-    """Weights of different size in each block, to tell them apart."""
-    net = Stack()
-    for i, block in enumerate(net.blocks):
-        nn.init.uniform_(block.up.weight, -(10.0**-i), 10.0**-i)
-    return net
-
-
-def check_stack(net: Stack, observer: quartet.Observer, first: list[str]) -> None:
-    assert uses(observer) == {name: first if name == NAMES[0] else ALL for name in NAMES}
-    for i, block in enumerate(net.blocks):
-        for use in ("y w", "dx w") if f"blocks.{i}.up" != NAMES[0] or first == ALL else ("y w",):
-            record = only(observer, f"blocks.{i}.up", use)
-            assert record.amax == pytest.approx(float(block.up.weight.detach().abs().max()), rel=0.15 if record.product == "dx" else 1e-6)
-
-
-@pytest.mark.parametrize("how", ["compile", "torch.compile", "whole"])
-def test_blocks_that_share_a_graph_are_told_apart(how: str) -> None:
-    net, backend = scaled_stack(), Heard()
-    compiled: nn.Module = net
-    if how == "compile":
-        for block in net.blocks:
-            block.compile(backend=backend)
-    elif how == "torch.compile":
-        net.blocks = nn.ModuleList(torch.compile(block, backend=backend) for block in net.blocks)
-    else:
-        net.compile(backend=backend)
-    observer = quartet.observe(compiled, every=2, file=None)
-    for _ in range(2):
-        compiled(torch.randn(8, 64)).sum().backward()
-    check_stack(net, observer, FIRST)
-    assert {r.call for r in observer} == {0}
-    assert [line.split()[0] for line in observer.table().splitlines()[3:9]] == NAMES
-
-
-class CheckpointedBlock(Block):
-    reentrant = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
-
-
-class CheckpointedStack(Stack):
-    reentrant = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("how", ["in compiled blocks", "of compiled blocks", "of compiled blocks in wrappers"])
-def test_checkpointed_layers_are_recorded_once(how: str, reentrant: bool) -> None:
-    """The forward pass that runs again in the backward pass is observed as the first one was."""
-    net, backend = scaled_stack(), Heard()
-    for block in net.blocks:
-        block.compile(backend=backend)
-        if how == "in compiled blocks":
-            block.__class__, block.reentrant = CheckpointedBlock, reentrant
-    if how == "of compiled blocks":
-        net.__class__, net.reentrant = CheckpointedStack, reentrant
-    if how == "of compiled blocks in wrappers":
-        kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
-        net.blocks = nn.ModuleList(checkpoint_wrapper(block, kind) for block in net.blocks)
-    observer, x = quartet.observe(net, every=2, file=None), torch.randn(8, 64, requires_grad=True)
-    steps = [step(net, x) for _ in range(3)]
-    for other in steps[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(steps[0], other, strict=True))
-    assert sorted({r.call for r in observer}) == [0, 2]
-    check_stack(net, observer.of(call=0), ALL)
-    check_stack(net, observer.of(call=2), ALL)
-
-
-def test_layers_behind_a_graph_break_and_linears_that_share_an_input() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k, self.out = (nn.Linear(64, 64) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.q(x) + self.k(x)
-            torch._dynamo.graph_break()
-            return self.out(torch.tanh(y))
-
-    compiled, observer = observed(Model())
-    compiled(torch.randn(8, 64)).sum().backward()
-    assert uses(observer) == {"q": FIRST, "k": FIRST, "out": ALL}
-    for use in ("y x", "dw x"):
-        q, k = (only(observer, name, use) for name in "qk")
-        assert (q.error, q.gain) == (k.error, k.gain), "one tensor, measured once"
-
-
-def test_a_compiled_function() -> None:
-    model = mlp()
-    compiled = torch.compile(lambda x: model(x).square(), backend=Heard())
-    observer = quartet.observe(compiled, every=1, file=None)
-    observer(torch.randn(8, 64)).sum().backward()
-    assert uses(observer) == {"0": FIRST, "2": ALL}
-    observer.remove()
-    observer(torch.randn(8, 64)).sum().backward()
-    assert len(observer) == 13
-
-
 # ---------------------------------------------------------------- forms of a linear
 
 
@@ -577,99 +339,6 @@ def test_operands_of_grouped_experts_are_measured_and_their_gradients_are_not_co
     assert all(r.underflowed < 0.2 for r in observer), "padded rows do not count"
 
 
-# ---------------------------------------------------------------- several processes, GPUs
-
-
-def train_observed(rank: int, kind: str, device_type: str, port: int, folder: str) -> None:
-    """Two steps of one rank, the first of them observed, with the same seeds; gradients and names go to files."""
-    device = join(rank, device_type, port)
-    torch.save(two_steps(rank, kind, device, folder), Path(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
-
-
-def two_steps(rank: int, kind: str, device: torch.device, folder: str) -> list[Tensor]:
-    """The gradients. Model and observer go before the process group does, see `distributed_support.one_step`."""
-    net, x = model_and_batch(rank, device)
-    with torch.no_grad():
-        for i, block in enumerate(net.blocks):
-            block.linear.weight.uniform_(-(10.0**-i), 10.0**-i)
-    model = parallel(net, kind, device)
-    observer = quartet.observe(model, every=2, file=Path(folder, "n.jsonl"))
-    results = []
-    for _ in range(2):
-        net.zero_grad()
-        with one_seed():
-            model(x).square().mean().backward()
-        gradients: list[Any] = [p.grad for p in net.parameters()]
-        results += [(g.full_tensor() if hasattr(g, "full_tensor") else g).cpu() for g in gradients]
-    observer.remove()
-    return results
-
-
-def check_two_ranks(kind: str, device_type: str, folder: Path) -> None:
-    together = on_all_ranks(train_observed, folder, kind, device_type)
-    for first, second in zip(together[0][:8], together[0][8:], strict=True):
-        if device_type == "cpu":
-            assert torch.equal(first, second), "the observed step is like the other one"
-        else:
-            assert relative_error(first, second) < 1e-3
-    prefix = "module." if kind == "ddp" else ""
-    both = [quartet.read_observations(folder / f"n.rank{rank}.jsonl") for rank in range(RANKS)]
-    for rank, own in enumerate(both):
-        assert {(r.rank, r.call) for r in own} == {(rank, 0)}
-        expected = {f"{prefix}blocks.{i}.linear": ALL if i else FIRST for i in range(4)}
-        assert uses(own) == expected
-        for i in range(4):
-            assert only(own, f"{prefix}blocks.{i}.linear", "y w").amax == pytest.approx(10.0**-i, rel=0.01)
-    x = [only(own, f"{prefix}blocks.0.linear", "y x") for own in both]
-    assert x[0].error != x[1].error, "tokens of its own"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
-@pytest.mark.feature("Several processes", "observed numerics: {kind}")
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.exhaustive) if kind == "fsdp2" else kind for kind in KINDS])
-def test_each_rank_records_its_own_numbers_under_the_names_of_the_model(kind: str, tmp_path: Path) -> None:
-    check_two_ranks(kind, "cpu", tmp_path)
-
-
-@pytest.mark.gpu
-@pytest.mark.two_gpus
-@pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")
-@pytest.mark.feature("Several processes", "observed numerics: {kind}")
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_gpu_records_its_own_numbers(kind: str, tmp_path: Path) -> None:
-    check_two_ranks(kind, "cuda", tmp_path)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.feature("Ways to compile", "observed numerics beside CUDA graphs (reduce-overhead)")
-@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
-def test_on_a_gpu_every_observed_step_is_recorded_and_the_others_run_as_ever(mode: str | None) -> None:
-    model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda()
-    x = torch.randn(2048, 256, device="cuda", requires_grad=True)
-    compiled = torch.compile(model, backend="quartet", options={"quartet.mode": mode})
-    observer = quartet.observe(compiled, every=4, file=None, elements=None)
-    results = []
-    for _ in range(10):
-        torch.compiler.cudagraph_mark_step_begin()
-        with one_seed():  # rotations are drawn in the graph, but these take what they are given
-            results.append(step(compiled, x))
-    assert {r.call for r in observer} == {0, 4, 8}
-    for call in (0, 4, 8):
-        assert uses(observer.of(call=call)) == {"0": ALL, "2": ALL}
-    for r in observer:
-        assert math.isfinite(r.error)
-        if (r.linear, r.product, r.operand) == ("0", "y", "x"):
-            assert r.error == pytest.approx(7.562e-3, rel=0.01)
-    # In another order of additions; noise would differ by 0.1 in every gradient.
-    for other in results[1:4]:
-        assert relative_error(other[0], results[0][0]) < 1e-5
-        for ours, observed in zip(other[1:], results[0][1:], strict=True):
-            assert relative_error(ours, observed) < 1e-2
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_figures_are_those_of_a_cpu() -> None:
@@ -690,145 +359,3 @@ def test_on_a_gpu_the_figures_are_those_of_a_cpu() -> None:
         for name in ("error", "gain", "cosine", "saturated", "underflowed", "amax"):
             ours, theirs = getattr(here, name), getattr(there, name)
             assert ours is None if theirs is None else ours == pytest.approx(theirs, rel=0.03, abs=2e-3), (use, name)
-
-
-# ---------------------------------------------------------------- what the user sees
-
-
-def test_remove_leaves_everything_as_it_was() -> None:
-    for make in (lambda: torch.compile(mlp(), backend=Heard()), lambda: _compiled(mlp()), _regional):
-        model = make()
-        before = [dict(m.__dict__) for m in model.modules()], [dict(m._forward_pre_hooks) for m in model.modules()]
-        observer = quartet.observe(model, every=1, file=None)
-        assert before[0] != [dict(m.__dict__) for m in model.modules()]
-        model(torch.randn(8, 64)).sum().backward()
-        observer.remove()
-        count = len(observer)
-        assert count > 0
-        model.zero_grad()
-        observer.remove()
-        assert before[1] == [dict(m._forward_pre_hooks) for m in model.modules()]
-        for m, state in zip(model.modules(), before[0], strict=True):
-            assert all(m.__dict__[k] is v for k, v in state.items() if k in ("forward", "_compiled_call_impl"))
-            assert set(m.__dict__) == set(state)
-        model(torch.randn(8, 64)).sum().backward()
-        assert len(observer) == count
-
-
-def _compiled(model: nn.Module) -> nn.Module:
-    model.compile(backend=Heard())
-    return model
-
-
-def _regional() -> nn.Module:
-    net = Stack()
-    for block in net.blocks:
-        block.compile(backend=Heard())
-    return net
-
-
-@pytest.mark.parametrize("make", [lambda: torch.compile(mlp(), backend=Heard()), lambda: _compiled(mlp()), lambda: _regional()])
-def test_a_model_has_one_observer_at_a_time(make: Callable[[], nn.Module]) -> None:
-    model = make()
-    first = quartet.observe(model, file=None)
-    with pytest.raises(ValueError, match="is observed already"):
-        quartet.observe(model, file=None)
-    first.remove()
-    quartet.observe(model, file=None)
-
-
-def test_lines_of_json_come_back_as_they_were(tmp_path: Path) -> None:
-    file = tmp_path / "n.jsonl"
-    compiled, observer = observed(mlp(), every=2, file=file)
-    for _ in range(3):
-        compiled(torch.randn(8, 64)).sum().backward()
-    assert len(file.read_text().splitlines()) == 13, "the call before the last one is written, the last one not yet"
-    observer.remove()
-    lines = file.read_text().splitlines()
-    assert len(lines) == 26
-    for line in lines:
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    again = quartet.read_observations(file)
-    assert list(again) == list(observer)
-    assert again.table() == str(observer)
-    assert {r.call for r in again.of("0", product="dw", operand="")} == {0, 2}
-
-
-@pytest.mark.slow
-def test_what_is_left_at_the_end_of_the_process_is_written(tmp_path: Path) -> None:
-    code = (
-        "import torch, quartet_compile as quartet; from test_observe import Heard, mlp\n"
-        "model = torch.compile(mlp(), backend=Heard()); quartet.observe(model)\n"
-        "model(torch.randn(8, 64)).sum().backward()"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
-    assert uses(quartet.read_observations(tmp_path / "numerics.jsonl")) == {"0": FIRST, "2": ALL}
-
-
-def observation(**fields: Any) -> quartet.Observation:
-    base = {
-        "call": 0, "rank": 0, "linear": "a", "product": "y", "operand": "x", "rule": "four_over_six", "error": 7.5e-3, "gain": 1.0,
-        "cosine": 0.9962, "saturated": 0.02, "underflowed": 0.05, "amax": 3.0, "elements": 4096,
-    }  # fmt: skip
-    return quartet.Observation(**(base | fields))
-
-
-def test_a_table_has_one_line_a_linear_and_the_worst_of_all_ranks() -> None:
-    result = {"operand": "", "rule": "", "saturated": None, "underflowed": None}
-    records = quartet.Observations([
-        observation(), observation(rank=1, error=8.5e-3, amax=4.0),
-        observation(product="dw", cosine=0.98, gain=1.01, **result), observation(product="dw", rank=1, cosine=0.97, gain=0.99, **result),
-        observation(linear="b", underflowed=0.25), observation(linear="b", product="dx", operand="w", saturated=0.04),
-        observation(call=1),
-    ])  # fmt: skip
-    first, _, header, a, b, *_ = records.table().splitlines()
-    assert first == "quartet: call 0, 2 linears, the worst of 2 ranks"
-    titles = re.split(r" {2,}", header)
-    cells = [dict(zip(titles, line.split(), strict=True)) for line in (a, b)]
-    assert cells[0] == dict.fromkeys(titles, "-") | {
-        "linear": "a", "y:x": "8.50", "cos dw": "0.9700", "gain dw": "0.9900", "sat%": "2.00", "zero%": "5.00", "max x": "4"
-    }  # fmt: skip
-    assert cells[1] == dict.fromkeys(titles, "-") | {
-        "linear": "b", "y:x": "7.50", "dx:w": "7.50", "sat%": "4.00", "zero%": "25.00", "max x": "3"
-    }  # fmt: skip
-    assert records.table(call=1).splitlines()[0] == "quartet: call 1, 1 linears"
-    assert "b" not in [line.split(" ")[0] for line in records.table("a").splitlines()]
-    assert quartet.Observations().table() == "quartet: nothing observed yet"
-
-
-def test_plots_are_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    records = [observation(call=call, error=e) for call, e in ((0, 1e-2), (100, math.nan), (200, None))]
-    quartet.Observations(records).plot(tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="nothing observed of linears that match 'z'"):
-        quartet.Observations(records).plot(tmp_path / "plot.png", "z")
-
-
-def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(RuntimeError, match="pip install matplotlib"):
-        quartet.Observations([observation()]).plot(tmp_path / "plot.png")
-
-
-def test_errors_say_what_to_do() -> None:
-    with pytest.raises(ValueError, match="no part of Sequential is compiled"):
-        quartet.observe(mlp())
-    with pytest.raises(TypeError, match=r"takes what torch.compile returned"):
-        quartet.observe(print)
-    for options in ({"every": 0}, {"every": 1.5}, {"every": None}, {"elements": -1}, {"elements": True}):
-        with pytest.raises(ValueError, match=next(iter(options))):
-            quartet.observe(torch.compile(mlp(), backend="quartet"), **options)
-    _, observer = observed(mlp())
-    with pytest.raises(TypeError, match="call the module as before"):
-        observer(torch.randn(8, 64))
-
-
-def test_a_model_without_linears_in_nvfp4_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    compiled = torch.compile(mlp(), backend="eager")
-    quartet.observe(compiled, every=2, file=None)
-    for _ in range(3):
-        compiled(torch.randn(8, 64)).sum().backward()
-    lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "observe" in r.getMessage()]
-    assert lines == ["quartet.observe: call 0 was to be observed, but no linear in NVFP4 ran in it"]

@@ -25,7 +25,7 @@ PACKAGES = {
     "rich": ("tables and progress bars on a terminal", "cli"),
     "matplotlib": ("plots of `quartet demo`", "demo"),
     "tokenizers": ("text as tokens in `quartet demo`", "demo"),
-    "jinja2": ("Inductor's own Triton templates", None),
+    "jinja2": ("the page of a report, and Inductor's own Triton templates", None),
 }
 """Optional package -> (what it is for, the extra that installs it; None: torch requires it itself)."""
 
