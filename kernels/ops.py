@@ -35,6 +35,8 @@ FORWARD_RULES = ("four_over_six",)
 BACKWARD_RULES = ("ms_eden",)
 WITHOUT_KERNELS: tuple[str, ...] = ()
 """Forward rules that every device computes by their formulas: the same numbers, in dozens of passes over the operand instead of one."""
+FILL_THE_RANGE = ("ms_eden",)
+"""Rules that give the largest number of each group the code 6, or all of it scale 0: six times the scale can be read off the values."""
 OPERAND_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _library = torch.library.Library("quartet", "DEF")

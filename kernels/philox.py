@@ -41,11 +41,8 @@ def _mulhilo(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _M32, product & _M32
 
 
-def philox(seed: int | Tensor, c0: Tensor, c1: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words at counter ``(c0, c1, stream, 0)``, as int64 tensors of the broadcast shape of `c0` and `c1`.
-
-    seed: one, or a tensor of them in the shape of the result.
-    """
+def philox(seed: int, c0: Tensor, c1: Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words at counter ``(c0, c1, stream, 0)``, as int64 tensors of the broadcast shape of `c0` and `c1`."""
     c0, c1 = torch.broadcast_tensors(c0.long(), c1.long())
     c2, c3 = torch.full_like(c0, stream), torch.zeros_like(c0)
     k0, k1 = seed & _M32, (seed >> 32) & _M32
@@ -66,19 +63,9 @@ def uniforms(seed: int, rows: int, groups: int, stream: int, device: torch.devic
     return (words.gather(0, mine.unsqueeze(0))[0] >> 8).float() * 2.0**-24
 
 
-def signed_seeds(seeds: Tensor, rank: int) -> Tensor:
-    """`seed_for_rank` of int64 seeds where they are: the same 64 bits, as int64."""
-    step = rank * RANK_STEP & 0xFFFFFFFFFFFFFFFF
-    return seeds + (step - 2**64 if step >= 2**63 else step)
-
-
 def rotation_signs(seed: int, device: torch.device | str = "cpu") -> Tensor:
     """The signs of one rotation: float32 [128] of +1 and -1, bit j of the 128 bits at counter (0, 0, 0, 0), a set bit meaning -1."""
-    return rotations_signs(seed, torch.zeros((), dtype=torch.int64, device=device))
-
-
-def rotations_signs(seeds: int | Tensor, zeros: Tensor) -> Tensor:
-    """`rotation_signs` of several seeds: float32 [*zeros.shape, 128]. zeros: int64 zeros in the shape of the seeds."""
-    words = torch.stack(philox(seeds, zeros, zeros, STREAM_SIGNS), dim=-1)
-    bits = (words.unsqueeze(-1) >> torch.arange(32, device=zeros.device)) & 1
-    return 1.0 - 2.0 * bits.flatten(-2).float()
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    words = torch.stack(philox(seed, zero, zero, STREAM_SIGNS))
+    bits = (words.unsqueeze(-1) >> torch.arange(32, device=device)) & 1
+    return 1.0 - 2.0 * bits.flatten().float()

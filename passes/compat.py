@@ -24,6 +24,15 @@ def autotunes(settings: Mapping[str, Any]) -> bool:
     return any(settings.get(field, getattr(torch._inductor.config, field)) for field in fields)
 
 
+def partitions_cuda_graphs(settings: Mapping[str, Any]) -> bool:
+    """Whether Inductor makes CUDA graphs of the parts of a graph between operators that cannot be in one."""
+
+    def value(field: str) -> Any:
+        return settings.get(field, getattr(torch._inductor.config, field))
+
+    return bool(value("graph_partition")) and not value("cpp_wrapper")
+
+
 def custom_passes(setting: Any) -> list[Callable[..., Any]]:
     """The passes held by a config field: one pass or None up to 2.12, also a list from 2.13 on."""
     if setting is None:

@@ -22,7 +22,7 @@ import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, Node
 
-from quartet_compile.kernels import grouped_ops, value_ops  # noqa: F401  (register the operators)
+from quartet_compile.kernels import grouped_ops, measure_ops, ops, value_ops  # noqa: F401  (register the operators)
 from quartet_compile.passes.nodes import add_call
 from quartet_compile.passes.pipeline import source_hash
 
@@ -74,6 +74,7 @@ def emulate(graph: Graph, native: Callable[[torch.device], bool] = multiplies_pa
             new = _product_of_values(graph, node, values.of(left), values.of(right))
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+    _measure_values(graph, values)
     graph.eliminate_dead_code()
     _leave_out_codes(graph)
 
@@ -100,6 +101,28 @@ def _product_of_values(graph: Graph, product: Node, left: Node, right: Node) -> 
         matrices = add_call(graph, aten.view.default, (right, shape), product, f"{right.name}_groups")
         turned = add_call(graph, aten.permute.default, (matrices, order), product, f"{right.name}_groups_t")
     return add_call(graph, aten._grouped_mm.default, (left, turned, ends), product, name)
+
+
+def _measure_values(graph: Graph, values: _Values) -> None:
+    """On observed steps, measure values of rotated operands where they are made, instead of making packed ones for it; in place."""
+    for target in (quartet.measure_fresh.default, quartet.measure_saved.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            *of, codes, scales, tensor_scale, seeds, index, elements = node.args
+            quantizer = _quantizer((codes, scales, tensor_scale))
+            if quantizer is None or quantizer not in values.made or quantizer.target is quartet.quantize.default:
+                continue
+            rule = quantizer.args[3 if target is quartet.measure_fresh.default else 6]
+            if rule not in ops.FILL_THE_RANGE:
+                continue
+            made = values.made[quantizer]
+            if target is quartet.measure_fresh.default:
+                new = quartet.measure_fresh_values.default, (*of, made, values.scales[quantizer], seeds, index, rule, elements)
+            else:
+                new = quartet.measure_saved_values.default, (*of, made, seeds, index, rule, elements)
+            with graph.inserting_before(node):
+                sums = add_call(graph, *new, node, f"{node.name}_values")
+            node.replace_all_uses_with(sums)
+            graph.erase_node(node)
 
 
 def _leave_out_codes(graph: Graph) -> None:

@@ -1,11 +1,11 @@
-"""Behind step 5, on observed steps only: operators that show what they see (`kernels.observed_ops`) in place of the plain ones.
+"""Behind step 5, on observed steps only: observed operators (`kernels.observed_ops`) in place of the plain ones.
 
-    quantize(x)                                     quantize_observed(x, call, uses)
-    matmul(quantize_grad(e), requantize(w), 1/128)  matmul_observed(..., e, w, call, uses), which also multiplies some rows of e by w
+    quantize(x)                                     quantize_observed(x, elements, call, uses)
+    matmul(quantize_grad(e), requantize(w), 1/128)  matmul_observed(..., e, w, elements, call, uses), which also multiplies rows of e by w
 
 `call` is one node in the forward graph. The backward pass finds it saved, and beside the packed operands those that it is compared with.
-Later passes do not know these operators: they stay as they are, on packed matrices. Products of groups are not compared; their operands are
-measured like all others.
+`show` makes plain operators of them once the graphs are split. Products of groups are not compared; their operands are measured like all
+others.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ OBSERVED = {
 }
 
 
-def observe(graph: Graph, written: Sequence[Written]) -> None:
-    """Have the operators of these products observed; in place. They keep their names, metadata and results."""
+def observe(graph: Graph, written: Sequence[Written], elements: int) -> None:
+    """Have the operators of these products observed; in place. They keep their names, metadata and results.
+
+    elements: numbers to be measured of each at most, 0 for all.
+    """
     uses: dict[Node, list[str]] = {}
     compared: list[tuple[Node, Node, Node, bool, str]] = []
     for one in written:
@@ -52,11 +55,11 @@ def observe(graph: Graph, written: Sequence[Written]) -> None:
     for product, e, saved, swapped, use in compared:
         matrix, *_, transposed = e.args[:5]
         source: Any = saved.args[0].args[0]  # type: ignore[union-attr]
-        product.args = (*product.args, matrix, transposed, source.args[0], swapped, call, [use])
+        product.args = (*product.args, matrix, transposed, source.args[0], swapped, elements, call, [use])
         product.target = quartet.matmul_observed.default
     for quantizer, its_uses in uses.items():
         target: Any = quantizer.target
-        quantizer.args = (*quantizer.args, call, its_uses)
+        quantizer.args = (*quantizer.args, elements, call, its_uses)
         quantizer.target = OBSERVED[target]
 
 

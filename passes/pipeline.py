@@ -53,8 +53,8 @@ def run(graph: Graph, parameters: Mapping[int, str], policy: Policy, again: str,
     products = tuple(d.linear.products for d in decisions)
     written = rewrite(graph, [(d.linear, d.recipe) for d in decisions if isinstance(d.linear, Site)])
     recomputed = recompute(graph, parameters, again)
-    if policy.scope.observed:
-        observe(graph, written)
+    if policy.scope.observed is not None:
+        observe(graph, written, policy.scope.observed)
     expand(graph)
     return Result(tuple(decisions), tuple(unmatched_globs(linears, policy)), recomputed, products, tuple(written))
 

@@ -25,7 +25,7 @@ MODULE_KEY = "quartet.set_recipe"
 SET_RECIPE = "set_recipe"
 """Its channel, as far as a graph knows: naming the call would make Dynamo guard on it. A report looks it up in the model."""
 OBSERVED_KEY = "quartet.observe"
-"""Annotation around a call whose numerics are observed."""
+"""Annotation around a call whose numerics are observed: of how many numbers of a tensor at most, 0 for all, in digits."""
 
 HEAD_NAMES = ("lm_head", "output", "head", "classifier", "score")
 ROUTER_NAMES = ("router",)
@@ -36,7 +36,7 @@ LeftBecause = Literal["default", "user", "unsupported"]
 @dataclass(frozen=True)
 class Scope:
     """What eager code has entered around a compiled call: recipes, by a decorator or context, and by set_recipe; and whether somebody
-    observes the call.
+    observes the call, and how many numbers of a tensor at most, 0 for all.
 
     channel: which decorator or context, in words; scopes that differ in it alone are the same.
     """
@@ -44,7 +44,7 @@ class Scope:
     code: str | None = None
     module: str | None = None
     channel: str = field(default="context around the call", compare=False)
-    observed: bool = False
+    observed: int | None = None
 
 
 NOTHING_SAID = Scope()

@@ -7,6 +7,7 @@ tables of embeddings are marked as such (`embeddings`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -27,6 +28,7 @@ from quartet_compile.passes.native import NativePass
 from quartet_compile.passes.pipeline import QuartetPass, Result, fingerprint
 from quartet_compile.passes.place import CHANNEL_KEY, MODULE_KEY, OBSERVED_KEY, SCOPE_KEY, Scope
 from quartet_compile.passes.precompile import PrecompilePass
+from quartet_compile.passes.show import ShowPass
 from quartet_compile.passes.tell import tell_decisions
 
 log = logging.getLogger("quartet_compile")
@@ -57,7 +59,7 @@ def quartet(
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
     if compilation.cached and is_listening():
         tell_cached(compilation)
-    if scope.observed:
+    if scope.observed is not None:
         compiled = observer.heard(compiled, parameters)
     return only_in_scope(embeddings.marking(compilation.kept_by(compiled), tables), scope)
 
@@ -82,10 +84,11 @@ def inductor_patches(
 ) -> dict[str, Any]:  # fmt: skip
     """Inductor's settings for one compilation: the user's own, with our passes behind the user's."""
     patches = compat.inductor_settings(ours.mode or mode, inductor_options)
-    if scope.observed:
+    if scope.observed is not None and not compat.partitions_cuda_graphs(patches):
         patches["triton.cudagraphs"] = False  # a replay would run no Python, so that nobody would hear of anything
     rewriting = QuartetPass(parameters, ours.policy(scope), ours.recompute, fingerprint(gm), on_result, embedded)
-    for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [EmulationPass(), NativePass(), PrecompilePass()])):
+    observing = [] if scope.observed is None else [ShowPass()]
+    for field, ours_there in ((PASS_FIELD, [rewriting]), (DEVICE_FIELD, [*observing, EmulationPass(), NativePass(), PrecompilePass()])):
         users = compat.custom_passes(patches.get(field, getattr(torch._inductor.config, field)))
         patches[field] = compat.PassSequence([*users, *ours_there])
     return patches
@@ -155,7 +158,8 @@ def tell_if_emulated(device: torch.device) -> None:
 def active_scope() -> Scope:
     """The recipes whose contexts eager code is in right now, and whether it is in an observed call."""
     custom = torch.fx.traceback.current_meta.get("custom") or {}
-    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY), custom.get(CHANNEL_KEY, Scope.channel), OBSERVED_KEY in custom)
+    observed = int(custom[OBSERVED_KEY]) if OBSERVED_KEY in custom else None
+    return Scope(custom.get(SCOPE_KEY), custom.get(MODULE_KEY), custom.get(CHANNEL_KEY, Scope.channel), observed)
 
 
 def only_in_scope(compiled: Callable[..., Any], scope: Scope) -> Callable[..., Any]:
@@ -173,14 +177,16 @@ def only_in_scope(compiled: Callable[..., Any], scope: Scope) -> Callable[..., A
                 "both share breaks the graph, and torch does not guard on the recipe there. Use quartet.set_recipe on the modules instead "
                 "of the decorator, or remove the graph break (TORCH_LOGS=graph_breaks shows it)."
             )
-        return compiled(*args)
+        # What a scope is guarded by hears of every call of a torch function: of those in compiled code, for nothing.
+        with contextlib.nullcontext() if scope == Scope() else torch._C.DisableTorchFunction():
+            return compiled(*args)
 
     return checked
 
 
 def _describe(scope: Scope) -> str:
     said = [f"quartet.{where}({name!r})" for where, name in (("recipe", scope.code), ("set_recipe", scope.module)) if name is not None]
-    if scope.observed:
+    if scope.observed is not None:
         said.append("quartet.observe")
     return " and ".join(said) or "no quartet.recipe context"
 

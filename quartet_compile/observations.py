@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import statistics
@@ -14,6 +13,8 @@ from typing import Any
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """Numbers that JSON does not have, written as strings."""
+
+_ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Observation:
 
     def to_json(self) -> str:
         """One line, valid JSON: what is not finite is the string "NaN", "Infinity" or "-Infinity"."""
-        return json.dumps({key: _writable(value) for key, value in dataclasses.asdict(self).items()}, allow_nan=False)
+        return _ENCODER.encode({key: _writable(value) for key, value in vars(self).items()})
 
     @classmethod
     def from_json(cls, line: str) -> Observation:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from quartet_compile.kernels import ops
-from quartet_compile.kernels.measure import Sample, measure
+from quartet_compile.kernels.measure import figures
 from quartet_compile.kernels.observed_ops import heard_by
 from quartet_compile.marks import _Scope
 from quartet_compile.names import begins, names_in_model, parameter_paths
@@ -141,7 +141,7 @@ class Observer(Observations):
                 self._begin(module)
             if not self._observing or not torch.is_grad_enabled():
                 return call(*args, **kwargs)
-            with _Scope("observed", OBSERVED_KEY), _entered(_Entry(self, module, prefix)):
+            with _Scope(str(self.elements or 0), OBSERVED_KEY), _entered(_Entry(self, module, prefix)):
                 return call(*args, **kwargs)
 
         setattr(entering, _OBSERVED, True)
@@ -160,7 +160,7 @@ class Observer(Observations):
 
     def listener(self, entered: Iterable[tuple[Tensor, str]], module: nn.Module | None, prefix: str) -> _Listener:
         """Of one call of a graph, which these parameters entered, under their names in it."""
-        new = _Listener(self._log, self.calls - 1, self.elements, begins(entered, parameter_paths(module, prefix)))
+        new = _Listener(self._log, self.calls - 1, begins(entered, parameter_paths(module, prefix)))
         if torch._C._current_graph_task_id() != -1:  # a backward pass runs: checkpointing in eager code calls the graph again
             same = (each for each in reversed(self._listeners) if (each.call, each.begins) == (new.call, new.begins) and not each.again)
             first = next(same, None)
@@ -230,62 +230,73 @@ def heard(compiled: Callable[..., Any], parameters: Mapping[int, str]) -> Callab
 class _Listener:
     """Hears of one call of a graph, and knows the names of its linears in the model. begins: see `names_in_model`."""
 
-    def __init__(self, log: _Log, call: int, elements: int | None, begins: Mapping[str, list[str]]) -> None:
-        self.log, self.call, self.elements, self.begins = log, call, elements, begins
+    def __init__(self, log: _Log, call: int, begins: Mapping[str, list[str]]) -> None:
+        self.log, self.call, self.begins = log, call, begins
         self.seen: set[str] = set()
+        """Labels of what was shown: what checkpointing computes again, or a second backward pass of a retained graph, is not recorded."""
         self.again = False
         """Whether the same call of the graph has another listener, as it runs again."""
 
-    def wants(self, uses: Sequence[str]) -> bool:
-        """False for what was seen before: computed again under checkpointing, or in a second backward pass of a retained graph."""
-        return not self.seen.issuperset(uses)
+    def take(self, labels: Sequence[str], sums: Tensor) -> None:
+        kinds = [None if each in self.seen else self._kind(each) for each in labels]
+        self.seen.update(labels)
+        if any(kinds):
+            self.log.add(_Shown(self.call, kinds, sums))
 
-    def take(self, uses: Sequence[str], rule: str, sample: Sample) -> None:
-        self.seen.update(uses)
+    def _kind(self, label: str) -> _Kind:
+        rule, *uses = label.split("\n")
         places = []
         for use in uses:
             product, operand, name = use.split(" ", 2)
             places.append((names_in_model(name, self.begins)[0], product, operand.strip("-")))
-        self.log.add(_Pending(self.call, rule, places, sample))
+        return _Kind(rule, places)
 
 
 # ---------------------------------------------------------------- records
 
 
-class _Pending(NamedTuple):
-    """A sample that is not measured yet. places: (linear, product, operand) of each use of it."""
+class _Kind(NamedTuple):
+    """What sums are of. rule: of the quantizer, "" for a product. places: (linear, product, operand) of each use."""
 
-    call: int
     rule: str
     places: list[tuple[str, str, str]]
-    sample: Sample
+
+
+class _Shown(NamedTuple):
+    """What a graph has shown in one call. kinds: of the sums [n, parts, 9], None for those that are to be left out."""
+
+    call: int
+    kinds: list[_Kind | None]
+    sums: Tensor
 
 
 class _Log:
-    """Samples of observed calls, and the observations made of them, which are written to a file."""
+    """Sums of observed calls, and the observations made of them, which are written to a file."""
 
     def __init__(self, records: list[Observation], file: str | Path | None) -> None:
         self.records, self.file = records, file
-        self.pending: list[_Pending] = []
+        self.pending: list[_Shown] = []
         self.heard = False
         self.rank = (0, 1)
 
-    def add(self, pending: _Pending) -> None:
-        self.pending.append(pending)
+    def add(self, shown: _Shown) -> None:
+        self.pending.append(shown)
         self.heard = True
 
     def flush(self) -> None:
-        """Measure what is there. Waits for the device if anything is."""
+        """Record what is there. Waits for the device if anything is."""
         if not self.pending:
             return
         pending, self.pending = self.pending, []
-        with torch.no_grad():
-            figures = measure([each.sample for each in pending])
-        made = [
-            Observation(each.call, self.rank[0], *place, each.rule, **of._asdict())
-            for each, of in zip(pending, figures, strict=True)
-            for place in each.places
-        ]
+        made = []
+        for shown in pending:
+            found = figures(shown.sums, [kind is not None and kind.rule != "" for kind in shown.kinds])
+            made += [
+                Observation(shown.call, self.rank[0], *place, kind.rule, **of._asdict())
+                for kind, of in zip(shown.kinds, found, strict=True)
+                if kind is not None
+                for place in kind.places
+            ]
         self.records += made
         if self.file is not None:
             with open(self._path(), "a", encoding="utf-8") as lines:

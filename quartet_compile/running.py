@@ -57,7 +57,7 @@ def _compilations_of(compiled: Callable[..., Any], model: Any) -> list[Compilati
     def concerns(c: Compilation) -> bool:
         return is_own(c) or any(m() is model for m in c.around.modules) or any(c.entered.names_of(p) for p in parameters)
 
-    found = [c for c in compilations() if not c.scope.observed and concerns(c)]
+    found = [c for c in compilations() if c.scope.observed is None and concerns(c)]
     return list(filter(is_own, found)) or found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -140,13 +140,18 @@ class Generated:
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def generate(function: Callable[..., Any], inputs: Callable[[], list[torch.Tensor]], **settings: Any) -> tuple[str, list[Generated]]:
-    """Inductor's program for a function of fake CUDA tensors, and the Triton kernels in it. Inside `fake_gpu`."""
+def generate(
+    function: Callable[..., Any], inputs: Callable[[], list[torch.Tensor]], passes: Sequence[Callable[[torch.fx.Graph], None]] = (),
+    **settings: Any,
+) -> tuple[str, list[Generated]]:  # fmt: skip
+    """Inductor's program for a function of fake CUDA tensors, and the Triton kernels in it. passes: of its graph. Inside `fake_gpu`."""
     environment = ShapeEnv()
     mode = FakeTensorMode(shape_env=environment, allow_non_fake_inputs=True)
     with mode:
         examples = inputs()
         traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples)
+        for each in passes:
+            each(traced.graph)
     with config.patch(compile_threads=1, **settings):
         graph = GraphLowering(traced, example_inputs=examples, shape_env=environment)
         handlers = V.set_graph_handler(graph), V.set_fake_mode(mode), V.set_extern_kernel_nodes([]), V.set_debug_handler(DebugContext())

@@ -24,7 +24,7 @@ class Heard(GraphCapture):
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         names = parameter_names(gm, example_inputs)
         compiled = super().__call__(gm, example_inputs)
-        return observing.heard(compiled, names) if active_scope().observed else compiled
+        return observing.heard(compiled, names) if active_scope().observed is not None else compiled
 
 
 def observed(model: Any, every: int = 1, elements: int | None = None, file: Any = None, **options: Any) -> tuple[Any, quartet.Observer]:

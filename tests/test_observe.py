@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -21,7 +19,6 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import quartet_compile as quartet
-from quartet_compile.kernels import measure, philox, reference
 
 # ---------------------------------------------------------------- figures
 
@@ -104,17 +101,6 @@ def test_every_figure_of_a_small_layer_is_that_of_float64(dtype: torch.dtype) ->
         assert r.gain == tolerance((ours64 * exact).sum() / (exact**2).sum(), rel=rel / 10), use
         assert r.amax == tolerance(np.abs(exact).max(), rel=rel)
         assert (r.saturated, r.underflowed, r.rule) == (None, None, "")
-
-
-def test_seeds_and_rotations_of_several_samples_are_those_of_the_reference() -> None:
-    seeds = torch.tensor([-(2**63), -1, 0, 5, 2**63 - 1])
-    for rank in (0, 1, 7, 4095):
-        ours = philox.signed_seeds(seeds, rank).tolist()
-        assert [s % 2**64 for s in ours] == [philox.seed_for_rank(s % 2**64, rank) for s in seeds.tolist()]
-    x = torch.randn(5, 3, 200, dtype=torch.float64)
-    signs = philox.rotations_signs(seeds, torch.zeros_like(seeds))
-    for row, matrix, seed in zip(measure.rotate(x, signs), x, seeds.tolist(), strict=True):
-        torch.testing.assert_close(row, reference.rotate(matrix, philox.rotation_signs(seed)), rtol=1e-12, atol=1e-12)
 
 
 def test_a_sample_of_rows_estimates_the_whole() -> None:
@@ -218,57 +204,6 @@ def test_caches_serve_calls_that_are_not_observed_as_before_and_never_one_for_th
     step(compiled, x)
     assert counters["aot_autograd"]["autograd_cache_hit"] == 1, "the observed version is cached, too"
     assert uses(observer)["(root)"] == sorted(ALL * 2, key=ALL.index)
-
-
-# ---------------------------------------------------------------- operators
-
-
-def a_step(x: Tensor, w: Tensor, e: Tensor, seeds: Tensor) -> list[Tensor]:
-    """The operators of an observed step of one linear, as the passes write them."""
-    q = torch.ops.quartet
-    call = q.observed_call(x)
-    packed_x, packed_w = (q.quantize_observed(t, "four_over_six", call, [f"y {role} l"]) for t, role in ((x, "x"), (w, "w")))
-    y = q.matmul(*packed_x, *packed_w, None, 1.0, x.dtype)
-    packed_e = q.quantize_grad_observed(e, seeds, 0, "ms_eden", False, call, ["dx e l"])
-    again = q.requantize_observed(*packed_w, w.shape[1], seeds, 0, "ms_eden", call, ["dx w l"])
-    return [call, y, q.matmul_observed(*packed_e, *again, None, 1 / 128, x.dtype, e, False, w, False, call, ["dx - l"])]
-
-
-def test_operators_agree_with_their_shapes_and_are_silent_where_nobody_listens() -> None:
-    x, w, e, seeds = torch.randn(24, 80), torch.randn(40, 80), torch.randn(24, 40), torch.tensor([3])
-    quartet_ops, (call, y, dx) = torch.ops.quartet, a_step(x, w, e, seeds)
-    assert call == 0
-    saved = quartet_ops.quantize(w, "four_over_six")
-    left, right = quartet_ops.quantize_grad(e, seeds, 0, "ms_eden", False), quartet_ops.requantize(*saved, 80, seeds, 0, "ms_eden")
-    assert torch.equal(y, quartet_ops.matmul(*quartet_ops.quantize(x, "four_over_six"), *saved, None, 1.0, x.dtype))
-    assert torch.equal(dx, quartet_ops.matmul(*left, *right, None, 1 / 128, x.dtype))
-    tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    check = functools.partial(torch.library.opcheck, test_utils=tests)
-    check(quartet_ops.observed_call.default, (x,))
-    check(quartet_ops.quantize_observed.default, (x, "four_over_six", call, ["y x l"]))
-    check(quartet_ops.quantize_grad_observed.default, (e, seeds, 0, "ms_eden", True, call, ["dw e l"]))
-    check(quartet_ops.requantize_observed.default, (*saved, 80, seeds, 0, "ms_eden", call, ["dx w l"]))
-    check(quartet_ops.matmul_observed.default, (*left, *right, None, 1 / 128, x.dtype, e, False, w, False, call, ["dx - l"]))
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
-@pytest.mark.parametrize("capability", [90, 100])
-def test_inductor_generates_an_observed_step_for_a_gpu(capability: int) -> None:
-    """The number of the call stays on the CPU; nothing between the operators is moved."""
-    pytest.importorskip("triton")
-    from fake_gpu import fake_gpu, generate
-
-    def inputs() -> list[Tensor]:
-        shapes = ((256, 128), (384, 128), (256, 384))
-        tensors = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
-        return [*tensors, torch.empty(1, dtype=torch.int64, device="cuda")]
-
-    with fake_gpu(capability):
-        program, _ = generate(a_step, inputs)
-    for operator in ("observed_call", "quantize_observed", "quantize_grad_observed", "requantize_observed", "matmul_observed"):
-        assert f"torch.ops.quartet.{operator}.default(" in program
-    assert "['dx - l']" in program
-    assert ".copy_(" not in program
 
 
 # ---------------------------------------------------------------- forms of a linear

@@ -25,17 +25,21 @@ from pathlib import Path
 log = logging.getLogger("quartet_compile")
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = SOURCE.with_name("groups.h")
+INCLUDED = (SOURCE.with_name("groups.h"), SOURCE.with_name("sums.h"))
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-ffp-contract=off", "-fno-fast-math", "-fno-math-errno", "-Wno-psabi")
 
 _lock = threading.Lock()
 
-_P, _I64, _U64, _U32, _INT, _F32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int, ctypes.c_float
+_P, _I64, _U64, _U32, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int
+_F32, _F64 = ctypes.c_float, ctypes.c_double
 SIGNATURES = {
     "quartet_four_over_six": (_P, _INT, _I64, _I64, _I64, _I64, _P, _P, _P, _INT),
     "quartet_ms_eden": (_P, _INT, _I64, _I64, _I64, _I64, _U64, _U32, _P, _P, _P, _P, _INT),
     "quartet_requantize": (_P, _P, _I64, _I64, _I64, _U64, _U32, _P, _P, _P, _P, _INT),
     "quartet_dequantize": (_P, _P, _I64, _F32, _P, _INT),
+    "quartet_fresh_sums": (_P, _INT, _P, _I64, _I64, _I64, _I64, _P, _P, _I64, _F64, _INT, _U64, _P, _INT),
+    "quartet_saved_sums": (_P, _P, _I64, _F64, _I64, _P, _I64, _P, _P, _I64, _F64, _U64, _P, _INT),
+    "quartet_product_sums": (_P, _INT, _I64, _I64, _I64, _P, _INT, _P, _I64, _P, _INT),
 }
 
 
@@ -126,7 +130,7 @@ def build(compiler: str) -> Path:
     key = hashlib.sha256()
     for part in (compiler, _run([compiler, "--version"]).stdout, *flags, _processor()):
         key.update(part.encode() + b"\0")
-    for source in (SOURCE, INCLUDED):
+    for source in (SOURCE, *INCLUDED):
         key.update(source.read_bytes())
     library = _cache_directory() / f"kernels_{key.hexdigest()[:24]}.so"
     if not library.exists():

@@ -227,6 +227,8 @@ void with_dtype(int dtype, const void* x, int64_t rows, int64_t columns, int64_t
 
 }  // namespace
 
+#include "sums.h"
+
 // ---------------------------------------------------------------- what __init__.py calls; all dimensions at least 1
 
 extern "C" {
@@ -254,5 +256,42 @@ void quartet_requantize(const uint8_t* packed, const uint8_t* packed_scales, int
 void quartet_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t groups, float factor, float* out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < groups; i++) decode_group(codes + 8 * i, E4M3.value[scales[i]], factor, out + GROUP * i);
+}
+
+// Some rows of x [.., columns] and their codes [.., groups * 16], rotated or not: eight sums for each of them.
+void quartet_fresh_sums(const void* x, int dtype, const int64_t* rows, int64_t count, int64_t columns, int64_t row_stride,
+                        int64_t column_stride, const uint8_t* codes, const uint8_t* scales, int64_t groups, double g, int rotated,
+                        uint64_t seed, double* out, int threads) {
+    const Signs signs(seed);
+    with_dtype(dtype, x, 0, columns, row_stride, column_stride, [&](auto m) {
+        const auto load = [&](int64_t row, int64_t column, int width, double* to) {
+            for (int k = 0; k < width; k++) to[k] = double(to_float(m.data[row * row_stride + (column + k) * column_stride]));
+        };
+        operand_sums(load, rows, count, columns, codes, scales, groups, g, rotated ? &signs : nullptr, out, threads);
+    });
+}
+
+// Some columns of a packed [length, source_groups * 16] and what they became as rows, rotated: eight sums for each of them.
+void quartet_saved_sums(const uint8_t* source, const uint8_t* source_scales, int64_t source_groups, double source_g, int64_t length,
+                        const int64_t* rows, int64_t count, const uint8_t* codes, const uint8_t* scales, int64_t groups, double g,
+                        uint64_t seed, double* out, int threads) {
+    static const double VALUES[] = {0, .5, 1, 1.5, 2, 3, 4, 6, -0., -.5, -1, -1.5, -2, -3, -4, -6};
+    const Signs signs(seed);
+    const auto load = [&](int64_t row, int64_t column, int width, double* to) {
+        for (int k = 0; k < width; k++) {
+            const int64_t at = (column + k) * source_groups;
+            const int code = source[8 * at + row / 2] >> (row % 2 * 4) & 15;
+            to[k] = VALUES[code] * double(E4M3.value[source_scales[at + row / GROUP]]) * source_g;
+        }
+    };
+    operand_sums(load, rows, count, length, codes, scales, groups, g, &signs, out, threads);
+}
+
+// Some rows of a product, and the same rows, contiguous, of another one: eight sums for each of them.
+void quartet_product_sums(const void* result, int dtype, int64_t columns, int64_t row_stride, int64_t column_stride, const void* exact,
+                          int exact_dtype, const int64_t* rows, int64_t count, double* out, int threads) {
+    with_dtype(dtype, result, 0, columns, row_stride, column_stride, [&](auto m) {
+        with_dtype(exact_dtype, exact, 0, columns, columns, 1, [&](auto x) { product_sums(m, x.data, rows, count, out, threads); });
+    });
 }
 }
