@@ -133,26 +133,45 @@ def test_nothing_is_noted_of_other_compilations(choices_on_the_cpu: None, uncach
 # ---------------------------------------------------------------- products on GPUs
 
 
-def bfloat16(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, device="cuda")
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
+def of_values(a: Tensor, b: Tensor) -> Tensor:
     return operators.matmul_values(a, b, None, torch.bfloat16)
 
 
-def product_and_more(a: Tensor, b: Tensor) -> Tensor:
-    return torch.relu(product(a, b)) * 2
+def of_packed(codes: Tensor, scales: Tensor, g: Tensor) -> Tensor:
+    matrix = codes, operators.swizzle(scales), g
+    return operators.matmul_swizzled(*matrix, *matrix, None, 1.0, torch.bfloat16)
+
+
+def values() -> list[Tensor]:
+    return [torch.empty((rows, 512), dtype=torch.bfloat16, device="cuda") for rows in (256, 384)]
+
+
+def packed() -> list[Tensor]:
+    forms = ((256, 256), torch.uint8), ((256, 32), torch.float8_e4m3fn), ((), torch.float32)
+    return [torch.empty(shape, dtype=dtype, device="cuda") for shape, dtype in forms]
+
+
+H100, B200 = (90, of_values, values), (100, of_packed, packed)
+LIBRARIES = ("quartet_product", "quartet_library_product")
 
 
 @pytest.mark.parametrize("deferred", [True, False], ids=["settled by the scheduler", "at once"])
-@pytest.mark.parametrize("fastest", ["quartet_product", "triton_mm"])
-def test_what_the_program_for_a_gpu_runs_is_named(fastest: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With made-up times, and the program that Inductor generates for an H100 as the witness."""
+@pytest.mark.parametrize(
+    ("gpu", "fastest"),
+    [(H100, "quartet_product"), (H100, "triton_mm"), (B200, "quartet_library_product"), (B200, "triton_quartet_packed_product")],
+    ids=lambda value: value if isinstance(value, str) else f"sm_{value[0]}",
+)
+def test_what_the_program_for_a_gpu_runs_is_named(gpu: Any, fastest: str, deferred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With made-up times, and the program that Inductor generates for a GPU that is not there as the witness."""
     pytest.importorskip("triton")
     from fake_gpu import fake_gpu, generate
 
     import quartet_compile.kernels.lowerings  # noqa: F401  (registers them)
+
+    capability, product, inputs = gpu
+
+    def product_and_more(*operands: Tensor) -> Tensor:
+        return torch.relu(product(*operands)) * 2
 
     offered: list[str] = []
 
@@ -163,19 +182,16 @@ def test_what_the_program_for_a_gpu_runs_is_named(fastest: str, deferred: bool, 
 
     monkeypatch.setattr(AlgorithmSelectorCache, "do_autotuning", timings)
     found: dict[str, Choice] = {}
-    with fake_gpu(90), chosen.heard(found):
-        program, kernels = generate(
-            product if deferred else product_and_more,  # Inductor would measure what follows, too, and there is no GPU
-            lambda: [bfloat16(256, 512), bfloat16(384, 512)],
-            max_autotune=True,
-            benchmark_epilogue_fusion=deferred,
-        )
+    with fake_gpu(capability), chosen.heard(found):
+        # Deferred, Inductor would measure what follows together with the product, and there is no GPU.
+        function = product if deferred else product_and_more
+        program, kernels = generate(function, inputs, max_autotune=True, benchmark_epilogue_fusion=deferred)
     (taken,) = found.values()
     assert taken.name == [name for name in offered if name.startswith(fastest)][-1]
-    assert taken.measured == len(offered) > 5
+    assert taken.measured == len(offered) > 4
     templates = [kernel.source for kernel in kernels if "triton_tem" in kernel.name]
-    if fastest == "quartet_product":
-        assert "extern_kernels.quartet_product(" in program
+    if fastest in LIBRARIES:
+        assert f"extern_kernels.{fastest}(" in program
         assert not templates
         assert taken.tile is None
     else:
