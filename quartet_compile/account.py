@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from quartet_compile.flops import flops_of, has_formula, hint
+from quartet_compile.kernels.chosen import Choice
 from quartet_compile.kernels.format import GROUP, ROTATION, ceil_to
 from quartet_compile.kernels.grouped_ops import padded_rows
 from quartet_compile.passes.emulate import multiplies_packed
@@ -20,7 +21,9 @@ from quartet_compile.passes.products import is_product
 from quartet_compile.passes.provenance import Kind, origins
 from quartet_compile.passes.rewrite import Written
 from quartet_compile.passes.site import Site
-from quartet_compile.reports import LinearReport, OtherProduct
+from quartet_compile.reports import AUTOTUNED, LinearReport, OtherProduct
+
+NOTHING: Mapping[str, Choice] = {}
 
 
 def products(graph: Graph) -> dict[Node, OtherProduct]:
@@ -41,20 +44,21 @@ def _example(node: Node) -> torch.Tensor:
 
 
 def lines(
-    result: Result, found: Mapping[Node, OtherProduct], autotuned: bool = False
+    result: Result, found: Mapping[Node, OtherProduct], autotuned: bool = False, chosen: Mapping[str, Choice] = NOTHING
 ) -> tuple[tuple[LinearReport, ...], tuple[OtherProduct, ...]]:
     """(a line for each linear, the products of no linear). found: the `products` of the graph before it was rewritten. autotuned: whether
-    Inductor measures its choices for products."""
+    Inductor measures its choices for products. chosen: what it took, by the products' nodes in the graphs that it compiled."""
     seen: set[Operand] = set()
     lines, claimed = [], set[Node]()
     for decision, own in zip(result.decisions, result.products, strict=True):
         claimed.update(own)
-        lines.append(_line(decision, own, seen, result, found, autotuned))
+        lines.append(_line(decision, own, seen, result, found, autotuned, chosen))
     return tuple(lines), tuple(product for node, product in found.items() if node not in claimed)
 
 
 def _line(
-    decision: Decision, own: Iterable[Node], seen: set[Operand], result: Result, found: Mapping[Node, OtherProduct], autotuned: bool
+    decision: Decision, own: Iterable[Node], seen: set[Operand], result: Result, found: Mapping[Node, OtherProduct], autotuned: bool,
+    chosen: Mapping[str, Choice],
 ) -> LinearReport:  # fmt: skip
     """One line. `seen` holds the inputs that earlier linears keep already (q, k and v read the same one)."""
     linear, recipe = decision.linear, decision.recipe
@@ -86,7 +90,15 @@ def _line(
         decision.left_because, before, after, weight, flops=2 * tokens * features_in * features_out * sum(exists for *_, exists in present),
         dtype=dtype, implementation=how if products else "", before=names, after=tuple(_nodes_now(linear, mine)),
         in_graph=tuple(name for name, _, exists in present if exists), groups=linear.groups,
+        chosen={kind: choice for kind, one in mine.items() if (choice := _choice(one, chosen)) is not None},
     )  # fmt: skip
+
+
+def _choice(written: Written, chosen: Mapping[str, Choice]) -> Choice | None:
+    """What Inductor took for a product. It compiles the operator that `emulate` or `native` put in its place, under the name that is added
+    to here."""
+    name = written.product.name
+    return next((chosen[each] for each in (name, f"{name}_values", f"{name}_swizzled") if each in chosen), None)
 
 
 def implementation(device: torch.device, grouped: bool, autotuned: bool) -> str:
@@ -96,8 +108,8 @@ def implementation(device: torch.device, grouped: bool, autotuned: bool) -> str:
     if grouped:
         return "bfloat16 values, torch._grouped_mm"
     if multiplies_packed(device):
-        return f"FP4 tensor cores, {'autotuned' if autotuned else 'Triton'}"
-    return f"bfloat16 values, {'autotuned' if autotuned else 'cuBLAS'}"
+        return f"FP4 tensor cores, {AUTOTUNED if autotuned else 'Triton'}"
+    return f"bfloat16 values, {AUTOTUNED if autotuned else 'cuBLAS'}"
 
 
 def packed_bytes(rows: int, columns: int) -> int:

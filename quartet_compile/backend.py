@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 
 from quartet_compile import embeddings, observer
 from quartet_compile.compilations import Compilation
+from quartet_compile.kernels.chosen import heard
 from quartet_compile.options import Options, split_options
 from quartet_compile.passes import compat
 from quartet_compile.passes.emulate import EmulationPass
@@ -41,7 +42,7 @@ def quartet(
     gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """Compile a captured graph with its linears in NVFP4. torch.compile calls it; see `Options` for the ``quartet.*`` options."""
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     ours, inductor_options = split_options(options)
     if mode is not None and ours.said_by.get("mode") == "quartet.mode":
@@ -56,7 +57,8 @@ def quartet(
     compilation = Compilation(gm, example_inputs, parameters, embedded, ours, scope)
     patches = inductor_patches(gm, parameters, embedded, ours, inductor_options, mode, scope, compilation.decided)
     compilation.autotuned = compat.autotunes(patches)
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=Decompositions())
+    inner: Any = heard(compilation.chosen)(compile_fx_inner)
+    compiled: Any = compile_fx(gm, example_inputs, inner_compile=inner, config_patches=patches, decompositions=Decompositions())
     if compilation.cached and is_listening():
         tell_cached(compilation)
     if scope.observed is not None:

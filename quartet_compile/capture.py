@@ -20,9 +20,10 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule, Node
 
 from quartet_compile import embeddings
-from quartet_compile.account import kinds_of, lines, products, saved_bytes
+from quartet_compile.account import NOTHING, kinds_of, lines, products, saved_bytes
 from quartet_compile.backend import Decompositions, active_scope, only_in_scope, parameter_names
 from quartet_compile.circumstances import Circumstances, circumstances
+from quartet_compile.kernels.chosen import Choice
 from quartet_compile.marks import setting_of
 from quartet_compile.names import Entered, parameter_paths
 from quartet_compile.options import Options, split_options
@@ -107,10 +108,10 @@ class GraphCapture:
 
     def trace(
         self, gm: GraphModule, example_inputs: Sequence[Any], parameters: Mapping[int, str], embedded: Set[int], options: Options,
-        scope: Scope, around: Circumstances, entered: Entered, autotuned: bool = False,
+        scope: Scope, around: Circumstances, entered: Entered, autotuned: bool = False, chosen: Mapping[str, Choice] = NOTHING,
     ) -> Callable[..., Any]:  # fmt: skip
         """Rewrite and partition one graph of Dynamo's, and report on it. example_inputs: may be fake. entered: the parameters of its
-        calls. autotuned: whether Inductor measures its choices for products."""
+        calls. autotuned: whether Inductor measures its choices for products. chosen: what it took (`account.lines`)."""
         policy = options.policy(scope)
 
         def add(joint: GraphModule, partition: Callable[[GraphModule], Any] | None, outputs: int) -> tuple[GraphModule, GraphModule | None]:
@@ -123,7 +124,7 @@ class GraphCapture:
             kinds = kinds_of(joint.graph, parameters)
             after = partition(joint) if partition else (joint, None)
             kept_after = saved_bytes(after[0], outputs, kinds) if partition else (0, 0)
-            linears, others = lines(result, found, autotuned)
+            linears, others = lines(result, found, autotuned, chosen)
             self.results.append(result)
             self.entered.append(entered)
             forward, backward, forward_before, backward_before = map(source, (*after, *before))

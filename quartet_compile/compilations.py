@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from quartet_compile.circumstances import circumstances
+from quartet_compile.kernels.chosen import Choice
 from quartet_compile.names import Entered
 from quartet_compile.options import Options
 from quartet_compile.passes.pipeline import Result
@@ -26,7 +27,7 @@ class Compilation:
 
     gm: a copy of Dynamo's graph, without the tensors that it was compiled for. inputs: fake ones. parameters, embedded: indices of inputs,
     see `QuartetPass`. around: its circumstances. entered: the parameters of its calls. cached: whether torch's cache had it, so that no
-    pass ran. autotuned: whether Inductor measured its choices for products.
+    pass ran. autotuned: whether Inductor measured its choices for products. chosen: what it took, by the products' names in its graphs.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Compilation:
         self.around = circumstances(gm)
         self.entered = Entered()
         self.cached, self.autotuned = True, False
+        self.chosen: dict[str, Choice] = {}
         self._grad, self._inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         devices = {x.device.type for x in example_inputs if isinstance(x, torch.Tensor)}
         self._autocast = [(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in sorted(devices)]

@@ -6,11 +6,15 @@ import dataclasses
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quartet_compile.kernels.chosen import Choice
 from quartet_compile.passes.place import LeftBecause
+
+AUTOTUNED = "autotuned"
+"""In an implementation: Inductor measures cuBLAS and templates, and takes the fastest."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class LinearReport:
     the nodes of its products in the unchanged graphs. after: in the rewritten ones, the nodes of its products and then of their quantizers,
     some of which serve other linears, too. in_graph: those of "y", "dx", "dw" that there are, rewritten or not; unknown, thus empty, if
     its form is unsupported. groups: how many weights it has, each for a group of its tokens, where they are multiplied as one product.
+    chosen: product -> what Inductor took for it, as far as it is known: of a running model, compiled in this process and autotuned.
     """
 
     name: str
@@ -48,6 +53,7 @@ class LinearReport:
     after: tuple[str, ...] = ()
     in_graph: tuple[str, ...] = ()
     groups: int | None = None
+    chosen: dict[str, Choice] = field(default_factory=dict, hash=False)
 
     @property
     def flops_in_nvfp4(self) -> int:

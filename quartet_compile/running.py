@@ -42,7 +42,7 @@ def look_into(compilations: Sequence[Compilation]) -> GraphCapture:
     capture = GraphCapture()
     for c in compilations:
         with c.surroundings():
-            capture.trace(c.gm, c.inputs, c.parameters, c.embedded, c.options, c.scope, c.around, c.entered, c.autotuned)
+            capture.trace(c.gm, c.inputs, c.parameters, c.embedded, c.options, c.scope, c.around, c.entered, c.autotuned, c.chosen)
     return capture
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from quartet_compile.reports import LinearReport, Report
+from quartet_compile.reports import AUTOTUNED, LinearReport, Report
 
 HEADER = ("linear", "source", "T x I -> O", "recipe", "decided by", "rewritten", "input saved")
 
@@ -31,11 +32,33 @@ def text(report: Report) -> str:
             f"{left:.1%} of linears left, {others:.1%} of {len(report.others)} other products (attention)"
         )
     lines += [f"multiplied as: {how} ({count} linears)" for how, count in report.implementations.items()]
+    lines += _chosen(report)
     lines.append(
         f"kept for the backward pass: activations {bytes_text(report.saved_bytes_before)} -> {bytes_text(report.saved_bytes_after)}, "
         f"weights beside the parameters {bytes_text(report.weight_bytes_before)} -> {bytes_text(report.weight_bytes_after)}"
     )
     return "\n".join(lines)
+
+
+def _chosen(report: Report) -> list[str]:
+    """What Inductor took where it could choose: a line for each choice with the products that it is for, and one for what is not known."""
+    by_choice: dict[str, dict[tuple[str, str], list[str]]] = {}
+    unknown: Counter[bool] = Counter()
+    for graph in report.current:
+        for linear in graph.linears:
+            if AUTOTUNED not in linear.implementation:
+                continue
+            unknown[graph.cached] += len(linear.names) * (len(linear.products) - len(linear.chosen))
+            for choice in dict.fromkeys(map(str, linear.chosen.values())):
+                kinds = " ".join(kind for kind in linear.products if kind in linear.chosen and str(linear.chosen[kind]) == choice)
+                family = re.sub(r"\d+", "#", linear.name), kinds
+                by_choice.setdefault(choice, {}).setdefault(family, []).extend(linear.names)
+    lines = []
+    for choice, families in sorted(by_choice.items()):
+        parts = (f"{brief([*dict.fromkeys(names)])} ({kinds})" for (_, kinds), names in families.items())
+        lines.append(f"  Inductor took {choice} for {', '.join(parts)}")
+    reasons = {True: "their code came from torch's cache", False: "nothing was measured in this process"}
+    return lines + [f"  what Inductor takes is not known of {unknown[c]} products: {why}" for c, why in reasons.items() if unknown[c]]
 
 
 def brief(names: Sequence[str]) -> str:

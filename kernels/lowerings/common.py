@@ -12,6 +12,8 @@ from torch._inductor.select_algorithm import autotune_select_algorithm
 from torch._inductor.virtualized import V
 from torch._ops import OpOverload
 
+from quartet_compile.kernels import chosen
+
 aten = torch.ops.aten
 prims = torch.ops.prims
 
@@ -39,7 +41,9 @@ def autotunes() -> bool:
 def best(name: str, choices: list[Any], inputs: list[Any], layout: ir.Layout) -> Any:
     """The node of the choice that is fastest, or of the only one."""
     selected: Any = autotune_select_algorithm(name, choices, inputs, layout)
-    return selected[0] if isinstance(selected, tuple) else selected  # with the choice itself from 2.13 on
+    result = selected[0] if isinstance(selected, tuple) else selected  # with the choice itself from 2.13 on
+    chosen.note(result, choices)
+    return result
 
 
 def add_bias(y: Any, bias: Any, out_dtype: torch.dtype) -> Any:

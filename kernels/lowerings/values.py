@@ -15,6 +15,7 @@ from torch._inductor.select_algorithm import ExternKernelChoice, realize_inputs
 from torch._inductor.utils import use_triton_template, use_triton_tma_template
 from torch._inductor.virtualized import V
 
+from quartet_compile.kernels import value_ops  # noqa: F401  (registers the operator)
 from quartet_compile.kernels.lowerings.common import add_bias, aten, autotunes, best, lowering
 from quartet_compile.kernels.triton_kernels.matmul import full_precision_sums
 

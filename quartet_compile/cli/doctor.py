@@ -6,7 +6,7 @@ import argparse
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -53,7 +53,12 @@ def examine(self_test: bool = True) -> list[Check]:
     ]
     if checks[-1].status == "fail":
         return checks
-    planned = [*looking(), *(self_tests(gpus.usable()) if self_test else ())]
+    on_gpus = gpus.usable()
+    if self_test and on_gpus:
+        from quartet_compile.cli import ahead
+
+        ahead.start_workers()
+    planned = [*looking(), *(self_tests(on_gpus) if self_test else ())]
     with progress(len(planned)) as begin:
         for each in planned:
             begin(each.name)
@@ -77,14 +82,27 @@ def looking() -> Iterator[Planned]:
         yield Planned(name, partial(machine.package, name), REPORT)
 
 
-def self_tests(on_gpus: Iterable[int]) -> Iterator[Planned]:
-    """Checks that compile and compute, on the CPU and on these GPUs."""
-    from quartet_compile.cli import operators, step
+def self_tests(on_gpus: Sequence[int]) -> Iterator[Planned]:
+    """Checks that compile and compute, on the CPU and on these GPUs; the kernels of the GPUs while the CPU has its turn."""
+    from quartet_compile.cli import ahead, operators
 
+    calls = ahead.Calls()
+    devices = [f"cuda:{index}" for index in on_gpus]
     yield Planned("CPU kernels", machine.cpu_kernels, COMPILER)
-    for device in ("cpu", *(f"cuda:{index}" for index in on_gpus)):
-        yield Planned(f"Inductor on {device}", partial(machine.inductor, device), "Nothing can be compiled here, with any backend.")
+    for name in operators.operators():
+        yield Planned(f"{name} on cpu", partial(operators.operator, name, "cpu", calls), FIRST)
+    if devices:
+        yield Planned(ahead.NAME, partial(ahead.compile_ahead, calls, devices), REPORT)
+    yield from compiled("cpu")
+    for device in devices:
         for name in operators.operators():
             yield Planned(f"{name} on {device}", partial(operators.operator, name, device), FIRST)
-        yield Planned(f"training step on {device}", partial(step.training_step, device), FIRST)
+        yield from compiled(device)
 
+
+def compiled(device: str) -> Iterator[Planned]:
+    """Checks of what Inductor compiles for a device."""
+    from quartet_compile.cli import step
+
+    yield Planned(f"Inductor on {device}", partial(machine.inductor, device), "Nothing can be compiled here, with any backend.")
+    yield Planned(f"training step on {device}", partial(step.training_step, device), FIRST)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 
 import quartet_compile.backend  # noqa: F401  (registers every operator)
@@ -17,14 +20,19 @@ def operators() -> list[str]:
     return sorted(name.removeprefix("quartet::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("quartet::"))
 
 
-def operator(name: str, device: str) -> Check:
-    """One operator on one device."""
+def is_used(name: str, device: torch.device) -> bool:
+    """Whether anything calls this operator on this device."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= OLDEST.get(name, (0, 0))
+
+
+def operator(name: str, device: str, during: AbstractContextManager[Any] | None = None) -> Check:
+    """One operator on one device, in the context `during`."""
     title = f"{name} on {device}"
     if name not in CASES:
         return Check(title, "fail", "has no self-test", "Tell us: every operator should have one.")
-    if torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST.get(name, (0, 0)):
+    if not is_used(name, torch.device(device)):
         return Check(title, "ok", "not used on this GPU")
-    with torch.no_grad():
+    with torch.no_grad(), during or nullcontext():
         found = CASES[name](torch.device(device))
     wrong = [d for d in found if d.differ > d.allowed]
     if wrong:
