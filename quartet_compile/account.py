@@ -91,6 +91,8 @@ def _line(
 
 def implementation(device: torch.device, grouped: bool, autotuned: bool) -> str:
     """What multiplies on a device. grouped: groups of tokens. autotuned: whether Inductor measures libraries and templates."""
+    if device.type == "meta":
+        return "nothing: tensors on meta have no numbers"
     if device.type != "cuda":
         return f"emulated on the {device.type.upper()}"
     if grouped:

@@ -158,6 +158,11 @@ class Report:
         return tuple(product for graph in self.current for product in graph.others)
 
     @property
+    def convolutions(self) -> tuple[OtherProduct, ...]:
+        """Those of the other products that are convolutions over several pixels; a kernel of one element makes a linear."""
+        return tuple(product for product in self.others if product.operator.startswith("aten.convolution"))
+
+    @property
     def rewritten(self) -> tuple[LinearReport, ...]:
         """Those of which a product was rewritten."""
         return tuple(linear for linear in self.linears if linear.products)
@@ -179,7 +184,7 @@ class Report:
 
     @property
     def flops_of_others(self) -> int:
-        """Of the other products than those of linears: of two activations, as in attention, or in a form that is not rewritten."""
+        """Of the other products than those of linears: of two activations, as in attention, and convolutions."""
         return sum(graph.modules * product.flops for graph in self.current for product in graph.others)
 
     @property

@@ -242,6 +242,7 @@ def test_what_multiplies_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) 
     assert said((10, 0)) == "FP4 tensor cores, Triton"
     assert said((12, 0), autotuned=True) == "FP4 tensor cores, autotuned"
     assert said((10, 0), grouped=True) == "bfloat16 values, torch._grouped_mm"
+    assert implementation(torch.device("meta"), False, False) == "nothing: tensors on meta have no numbers"
     model, x = nn.Linear(64, 64), torch.randn(8, 64)
     for options in ({"max_autotune": True}, {"quartet.mode": "max-autotune-no-cudagraphs"}):
         (linear,) = quartet.explain(model, x, options=options).linears
@@ -357,6 +358,8 @@ def test_layers_that_are_alike_share_a_line() -> None:
     assert brief(["a.0.b", "a.2.b", "a.3.b"]) == "a.0.b (and 2 more)"
     assert brief(["a.1.b", "a.0.b"]) == "a.0-1.b"
     assert brief(["a.0.b.0", "a.1.b.1"]) == "a.0.b.0 (and 1 more)"
+    assert brief([f"a.{layer}.up[{expert}]" for layer in (8, 9, 10) for expert in range(4)]) == "a.8-10.up[0-3]"
+    assert brief([f"a.{layer}.up[0:4]" for layer in range(3)]) == "a.0-2.up[0:4]"
 
 
 class SwiGLU(nn.Module):
