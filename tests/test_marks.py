@@ -142,6 +142,12 @@ def test_unknown_recipes_are_refused_with_the_valid_names() -> None:
         recipes(traced)
 
 
+def test_what_is_no_name_of_a_recipe_is_said_in_one_line() -> None:
+    for written in (lambda: quartet.recipe(Block), lambda: quartet.set_recipe("bf16", Block())):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r'^quartet\.\w+ takes the name of a recipe, such as "bf16", not Block$'):
+            written()
+
+
 # ---------------------------------------------------------------- graph breaks and eager contexts
 
 
