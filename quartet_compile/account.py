@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -45,7 +46,7 @@ def lines(
 ) -> tuple[tuple[LinearReport, ...], tuple[OtherProduct, ...]]:
     """(a line for each linear, the products of no linear). found: the `products` of the graph before it was rewritten. autotuned: whether
     Inductor measures its choices for products."""
-    seen: set[Operand] = set()
+    seen: set[tuple[Operand | Node, str]] = set()
     lines, claimed = [], set[Node]()
     for decision, own in zip(result.decisions, result.products, strict=True):
         claimed.update(own)
@@ -54,9 +55,10 @@ def lines(
 
 
 def _line(
-    decision: Decision, own: Iterable[Node], seen: set[Operand], result: Result, found: Mapping[Node, OtherProduct], autotuned: bool
+    decision: Decision, own: Iterable[Node], seen: set[tuple[Operand | Node, str]], result: Result, found: Mapping[Node, OtherProduct],
+    autotuned: bool,
 ) -> LinearReport:  # fmt: skip
-    """One line. `seen` holds the inputs that earlier linears keep already (q, k and v read the same one)."""
+    """One line. `seen` holds the inputs that earlier linears keep already (q, k and v read the same one), and in which form."""
     linear, recipe = decision.linear, decision.recipe
     at, names = linear.place, tuple(node.name for node in own)
     if not isinstance(linear, Site):
@@ -71,12 +73,15 @@ def _line(
     present = (("y", recipe.forward, True), ("dx", recipe.dgrad, linear.dgrad is not None), ("dw", recipe.wgrad, linear.wgrad is not None))
     products = tuple(name for name, cells, exists in present if cells is not None and exists)
     before = after = 0
-    if linear.wgrad is not None and linear.x not in seen:
-        seen.add(linear.x)
-        before = tokens * features_in * linear.x.base.meta["val"].element_size()
+    if linear.wgrad is not None:
+        plain = tokens * features_in * linear.x.base.meta["val"].element_size()
         rows = tokens if linear.groups is None else padded_rows(tokens, linear.groups)
-        after = packed_bytes(rows, features_in) if "dw" in products else before
-        after = 0 if x_again else after
+        packed = "dw" in products
+        now: tuple[Operand | Node, str] = (linear.x, "packed") if packed else (_viewed(linear.x), "plain")
+        then = _viewed(linear.x), "before"
+        before = plain if then not in seen else 0
+        after = (packed_bytes(rows, features_in) if packed else plain) if now not in seen and not x_again else 0
+        seen.update((now, then))
     outs = features_out if linear.groups is None else linear.groups * ceil_to(features_out, ROTATION)
     weight = packed_bytes(outs, features_in) if "dx" in products and not w_again else 0
     how = implementation(linear.forward.meta["val"].device, linear.groups is not None, autotuned)
@@ -87,6 +92,14 @@ def _line(
         dtype=dtype, implementation=how if products else "", before=names, after=tuple(_nodes_now(linear, mine)),
         in_graph=tuple(name for name, _, exists in present if exists), groups=linear.groups,
     )  # fmt: skip
+
+
+def _viewed(x: Operand) -> Operand | Node:
+    """The tensor that an operand is all of, however it is looked at; the operand itself where it is a part of one."""
+    node = x.base
+    while getattr(node.target, "is_view", False):
+        node = node.all_input_nodes[0]
+    return node if math.prod(map(hint, node.meta["val"].shape)) == math.prod(map(hint, x.shape)) else x
 
 
 def implementation(device: torch.device, grouped: bool, autotuned: bool) -> str:

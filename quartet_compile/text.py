@@ -34,7 +34,7 @@ def text(report: Report) -> str:
             f"floating point operations of products: {count_text(report.flops)}, {ours:.1%} in NVFP4, "
             f"{left:.1%} of linears left" + (f", {others:.1%} of {kinds_of_others(report)}" if report.others else "")
         )
-    lines += [f"multiplied as: {how} ({count} linears)" for how, count in report.implementations.items()]
+    lines += [f"multiplied as: {how} ({_count(count, 'linear')})" for how, count in report.implementations.items()]
     lines.append(
         f"kept for the backward pass: activations {bytes_text(report.saved_bytes_before)} -> {bytes_text(report.saved_bytes_after)}, "
         f"weights beside the parameters {bytes_text(report.weight_bytes_before)} -> {bytes_text(report.weight_bytes_after)}"
@@ -46,8 +46,12 @@ def kinds_of_others(report: Report) -> str:
     """How many products belong to no linear, in words."""
     convolutions = len(report.convolutions)
     of_activations = len(report.others) - convolutions
-    counts = ((of_activations, "other products (attention)"), (convolutions, "convolutions"))
-    return " and ".join(f"{count} {what}" for count, what in counts if count)
+    counts = ((of_activations, "other product", " (attention)"), (convolutions, "convolution", ""))
+    return " and ".join(_count(count, what) + gloss for count, what, gloss in counts if count)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def brief(names: Sequence[str]) -> str:
@@ -90,7 +94,7 @@ def _row(linear: LinearReport) -> tuple[str, ...]:
     saved = ""
     if linear.saved_before or linear.saved_after:
         saved = f"{bytes_text(linear.saved_before)} -> {bytes_text(linear.saved_after)}"
-    elif "dw" in linear.products:
+    elif "dw" in linear.in_graph:
         saved = "shared"
     return linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
 
