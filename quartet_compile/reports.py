@@ -86,7 +86,7 @@ class GraphReport:
     made of parameters, before and after rewriting. forward, backward: the rewritten graphs as Python files (`source`); backward is empty in
     inference. forward_before, backward_before: the unchanged ones. compile_id: of torch, "frame/compilation". graph_break: why the graph
     ends before its function does, and where. recompiled: which guard failed, if the frame was compiled before. cached: torch's cache had
-    it. superseded: the same code was compiled again later, for the same modules; such a graph counts in no total.
+    it. superseded: another compilation of the same code was called later, for the same modules; such a graph counts in no total.
     """
 
     linears: tuple[LinearReport, ...]
@@ -113,7 +113,7 @@ class GraphReport:
         notes = (
             (self.graph_break, f"ends at a graph break: {self.graph_break}"),
             (self.recompiled, f"was compiled again, because {self.recompiled}"),
-            (self.superseded, "is not counted: a later compilation took its place"),
+            (self.superseded, "is not counted: another compilation is in its place"),
             (self.cached, "came from torch's cache"),
         )
         return tuple(note for true, note in notes if true)
