@@ -56,8 +56,8 @@ def _count(n: int, what: str) -> str:
 
 def brief(names: Sequence[str]) -> str:
     """Names that differ in numbers as one, "layers.0-11.q" or "layers.0-11.up[0-3]", if all combinations are there; others by the first."""
-    if len(names) == 1:
-        return names[0]
+    if len(set(names)) == 1:
+        return names[0] if len(names) == 1 else f"{names[0]} ({len(names)} times)"
     parts = [re.split(r"(\d+)", name) for name in names]
     if len({tuple(part[::2]) for part in parts}) == 1:
         columns = [sorted({int(n) for n in column}) for column in zip(*(part[1::2] for part in parts), strict=True)]

@@ -394,6 +394,7 @@ def test_layers_that_are_alike_share_a_line() -> None:
     assert brief(["a.1.b", "a.0.b"]) == "a.0-1.b"
     assert brief(["a.0.b.0", "a.1.b.1"]) == "a.0.b.0 (and 1 more)"
     assert brief([f"a.{layer}.up[{expert}]" for layer in (8, 9, 10) for expert in range(4)]) == "a.8-10.up[0-3]"
+    assert brief(["a.up", "a.up"]) == "a.up (2 times)", "called twice"
     assert brief([f"a.{layer}.up[0:4]" for layer in range(3)]) == "a.0-2.up[0:4]"
 
 
