@@ -124,6 +124,9 @@ class GraphReport:
         return max((len(linear.names) for linear in self.linears), default=1)
 
 
+SUFFIXES = (".html", ".json")
+"""Of files that `Report.save` writes."""
+
 SOURCES = ("forward_before", "forward", "backward_before", "backward")
 """The fields of a `GraphReport` that are Python files."""
 
@@ -159,7 +162,7 @@ class Report:
 
     @property
     def convolutions(self) -> tuple[OtherProduct, ...]:
-        """Those of the other products that are convolutions over several pixels; a kernel of one element makes a linear."""
+        """Those of the other products that are convolutions: one with a kernel of one element and one group is a linear."""
         return tuple(product for product in self.others if product.operator.startswith("aten.convolution"))
 
     @property
@@ -233,7 +236,7 @@ class Report:
         elif path.suffix == ".json":
             text = json.dumps(self.to_dict(), indent=1)
         else:
-            raise ValueError(f"cannot save a report as {path.name!r}: valid suffixes are .html and .json")
+            raise ValueError(f"cannot save a report as {path.name!r}: valid suffixes are {' and '.join(SUFFIXES)}")
         path.write_text(text, encoding="utf-8")
         return path
 

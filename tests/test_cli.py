@@ -192,7 +192,7 @@ def test_a_page_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["models:Double", "--option", "quartet.strict=true", "--input", "8x64:float64"], "(root): its dtype is float64"),
         (["models:make", "--input", "2", "--input", "2", "--input", "2"], "takes (tokens, twice=False) and is called with 3 arg"),
         (["models:with_args", "--input", "token=2x16:int64"], "1 argument(s), token=: got an unexpected keyword argument 'token'"),
-        (["models:Huge", "--device", "meta", "--input", "2x16"], "the model cannot be called with these arguments: "),
+        (["models:Huge", "--device", "meta", "--input", "2x16"], "the model fails with these arguments: "),
         (["models:with_args", "--save", "report.pdf"], "--save report.pdf: valid suffixes are .html and .json"),
         (["models:with_args", "--save", "no/report.html"], "--save no/report.html: there is no folder no"),
         (["models:with_args", "--autocast", "bf16"], "--autocast bf16: torch has no such dtype"),

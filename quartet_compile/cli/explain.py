@@ -15,7 +15,6 @@ from quartet_compile.cli.output import UserError, print_json, print_report, wait
 if TYPE_CHECKING:
     from quartet_compile.reports import Report
 
-SUFFIXES = (".html", ".json")
 DEVICES = ("cpu", "meta", "cuda")
 
 
@@ -168,7 +167,7 @@ def told_what_to_do(device: str) -> Iterator[None]:
             raise
         raise UserError(str(error.inner_exception)) from error
     except TorchRuntimeError as error:
-        raise UserError(f"the model cannot be called with these arguments: {error}") from error
+        raise UserError(f"the model fails with these arguments: {error}") from error
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
         if device != "meta":
             raise
@@ -177,6 +176,8 @@ def told_what_to_do(device: str) -> Iterator[None]:
 
 def check_path(path: str) -> None:
     """Before what may take minutes."""
+    from quartet_compile.reports import SUFFIXES
+
     if Path(path).suffix not in SUFFIXES:
         raise UserError(f"--save {path}: valid suffixes are {' and '.join(SUFFIXES)}")
     if not Path(path).parent.is_dir():

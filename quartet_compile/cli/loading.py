@@ -108,7 +108,9 @@ def _described(made: Any) -> str:
 
 
 def check_arguments(call: Call) -> None:
-    """Whether the model takes so many arguments, and such names."""
+    """Raises UserError unless the model takes so many arguments, and such names. Hooks before the forward may change them."""
+    if getattr(call.model, "_forward_pre_hooks", None):
+        return
     forward = getattr(call.model, "forward", call.model)
     try:
         signature = inspect.signature(forward)
