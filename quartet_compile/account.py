@@ -139,6 +139,7 @@ def kinds_of(joint: Graph, parameters: Mapping[int, str]) -> dict[str, Kind]:
 
 def saved_bytes(forward: GraphModule, outputs: int, kinds: Mapping[str, Kind]) -> tuple[int, int]:
     """Bytes that a forward graph hands to its backward, graph inputs and their views not counted: (activations, made of parameters).
+    Constants, such as zeros of the shape of an activation, count as activations.
 
     outputs: how many of its results go to the caller."""
     (results,) = forward.graph.find_nodes(op="output")[0].args
@@ -147,7 +148,7 @@ def saved_bytes(forward: GraphModule, outputs: int, kinds: Mapping[str, Kind]) -
         if not isinstance(node, Node) or not isinstance(node.meta.get("val"), torch.Tensor) or _is_input_view(node):
             continue
         size = hint(node.meta["val"].numel()) * node.meta["val"].element_size()
-        if kinds.get(node.name, Kind.ACTIVATION) is Kind.ACTIVATION:
+        if kinds.get(node.name, Kind.ACTIVATION) in (Kind.ACTIVATION, Kind.CONSTANT):
             activations += size
         else:
             weights += size

@@ -153,6 +153,22 @@ def test_parameters_that_are_arguments_have_the_names_of_the_arguments() -> None
     assert [linear.name for linear in report.rewritten] == ["down"], "as a glob, too"
 
 
+def test_zeros_are_no_weights_that_are_kept() -> None:
+    class Top(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            values, places = y.topk(2, -1)
+            return y * torch.zeros_like(y).scatter(-1, places, values)
+
+    report = quartet.explain(Top(), torch.randn(8, 64))
+    assert report.weight_bytes_before == 0
+    assert report.weight_bytes_after == 0, "no dx, so no packed weight either"
+
+
 def test_floating_point_operations_are_those_that_torch_counts() -> None:
     """Of a step in eager code, forward and backward."""
     model, i = Model(), tokens()
