@@ -103,6 +103,8 @@ def _guarded_mode(name: str, key: str) -> type[TorchFunctionMode]:
 
     class RecipeScope(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
+                func = torch.unflatten  # Dynamo breaks the graph at the super() in the method, under any mode (seen with 2.13)
             return func(*args, **(kwargs or {}))
 
     RecipeScope.__qualname__ = f"RecipeScope[{key}, {name}]"
