@@ -26,6 +26,9 @@ class Place:
     source: str
     annotation: Mapping[str, object] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return f"{self.name} ({self.source})" if self.source else self.name
+
 
 def locate(node: Node, weights: Sequence[str]) -> Place:
     """The place of a product that reads the parameters named `weights`."""

@@ -97,7 +97,7 @@ def place(linears: Sequence[Site | Unsupported], policy: Policy) -> list[Decisio
     decisions = [_decide(linear, policy) for linear in linears]
     refused = [d for d in decisions if d.left_because == "unsupported"]
     if policy.strict and refused:
-        lines = "\n".join(f"  {d.linear.place.name} ({d.linear.place.source}): {d.reason}" for d in refused)
+        lines = "\n".join(f"  {d.linear.place}: {d.reason}" for d in refused)
         raise UnsupportedLinear(
             f"quartet.strict: {len(refused)} linear(s) cannot run in NVFP4:\n{lines}\n"
             f'Leave them in the model\'s dtype on purpose with options={{"quartet.exclude": [...]}} or @quartet.recipe("bf16").'
@@ -118,8 +118,10 @@ def unmatched_globs(linears: Sequence[Site | Unsupported], policy: Policy) -> li
 
 
 def lookup(recipes: Mapping[str, Recipe], name: object, where: str) -> Recipe:
-    """A recipe by name; ValueError with the valid names otherwise."""
-    if not isinstance(name, str) or name not in recipes:
+    """A recipe by name. Otherwise ValueError with the valid names, TypeError for what is no name."""
+    if not isinstance(name, str):
+        raise TypeError(f'{where} takes the name of a recipe, such as "bf16", not {getattr(name, "__name__", type(name).__name__)}')
+    if name not in recipes:
         raise ValueError(f"unknown recipe {name!r} ({where}); valid are {', '.join(sorted(recipes))}")
     return recipes[name]
 

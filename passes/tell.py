@@ -41,8 +41,7 @@ def tell_decisions(decisions: Sequence[Decision], unmatched: Sequence[tuple[str,
 
 
 def _line(d: Decision) -> str:
-    at = d.linear.place
-    what = f"left: {at.name} ({at.source}): {d.reason}" if d.recipe.is_empty else f"{d.recipe.name}: {at.name} ({at.source})"
+    what = f"left: {d.linear.place}: {d.reason}" if d.recipe.is_empty else f"{d.recipe.name}: {d.linear.place}"
     return f"{what} [{d.decided_by}]"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -48,7 +49,7 @@ def lines(
 ) -> tuple[tuple[LinearReport, ...], tuple[OtherProduct, ...]]:
     """(a line for each linear, the products of no linear). found: the `products` of the graph before it was rewritten. autotuned: whether
     Inductor measures its choices for products. chosen: what it took, by the products' nodes in the graphs that it compiled."""
-    seen: set[Operand] = set()
+    seen: set[tuple[Operand | Node, str]] = set()
     lines, claimed = [], set[Node]()
     for decision, own in zip(result.decisions, result.products, strict=True):
         claimed.update(own)
@@ -57,10 +58,10 @@ def lines(
 
 
 def _line(
-    decision: Decision, own: Iterable[Node], seen: set[Operand], result: Result, found: Mapping[Node, OtherProduct], autotuned: bool,
-    chosen: Mapping[str, Choice],
+    decision: Decision, own: Iterable[Node], seen: set[tuple[Operand | Node, str]], result: Result, found: Mapping[Node, OtherProduct],
+    autotuned: bool, chosen: Mapping[str, Choice],
 ) -> LinearReport:  # fmt: skip
-    """One line. `seen` holds the inputs that earlier linears keep already (q, k and v read the same one)."""
+    """One line. `seen` holds the inputs that earlier linears keep already (q, k and v read the same one), and in which form."""
     linear, recipe = decision.linear, decision.recipe
     at, names = linear.place, tuple(node.name for node in own)
     if not isinstance(linear, Site):
@@ -75,12 +76,15 @@ def _line(
     present = (("y", recipe.forward, True), ("dx", recipe.dgrad, linear.dgrad is not None), ("dw", recipe.wgrad, linear.wgrad is not None))
     products = tuple(name for name, cells, exists in present if cells is not None and exists)
     before = after = 0
-    if linear.wgrad is not None and linear.x not in seen:
-        seen.add(linear.x)
-        before = tokens * features_in * linear.x.base.meta["val"].element_size()
+    if linear.wgrad is not None:
+        plain = tokens * features_in * linear.x.base.meta["val"].element_size()
         rows = tokens if linear.groups is None else padded_rows(tokens, linear.groups)
-        after = packed_bytes(rows, features_in) if "dw" in products else before
-        after = 0 if x_again else after
+        packed = "dw" in products
+        now: tuple[Operand | Node, str] = (linear.x, "packed") if packed else (_viewed(linear.x), "plain")
+        then = _viewed(linear.x), "before"
+        before = plain if then not in seen else 0
+        after = (packed_bytes(rows, features_in) if packed else plain) if now not in seen and not x_again else 0
+        seen.update((now, then))
     outs = features_out if linear.groups is None else linear.groups * ceil_to(features_out, ROTATION)
     weight = packed_bytes(outs, features_in) if "dx" in products and not w_again else 0
     how = implementation(linear.forward.meta["val"].device, linear.groups is not None, autotuned)
@@ -101,8 +105,18 @@ def _choice(written: Written, chosen: Mapping[str, Choice]) -> Choice | None:
     return next((chosen[each] for each in (name, f"{name}_values", f"{name}_swizzled") if each in chosen), None)
 
 
+def _viewed(x: Operand) -> Operand | Node:
+    """The tensor that an operand is all of, however it is looked at; the operand itself where it is a part of one."""
+    node = x.base
+    while getattr(node.target, "is_view", False):
+        node = node.all_input_nodes[0]
+    return node if math.prod(map(hint, node.meta["val"].shape)) == math.prod(map(hint, x.shape)) else x
+
+
 def implementation(device: torch.device, grouped: bool, autotuned: bool) -> str:
     """What multiplies on a device. grouped: groups of tokens. autotuned: whether Inductor measures libraries and templates."""
+    if device.type == "meta":
+        return "nothing: tensors on meta have no numbers"
     if device.type != "cuda":
         return f"emulated on the {device.type.upper()}"
     if grouped:
@@ -136,6 +150,7 @@ def kinds_of(joint: Graph, parameters: Mapping[int, str]) -> dict[str, Kind]:
 
 def saved_bytes(forward: GraphModule, outputs: int, kinds: Mapping[str, Kind]) -> tuple[int, int]:
     """Bytes that a forward graph hands to its backward, graph inputs and their views not counted: (activations, made of parameters).
+    Constants, such as zeros of the shape of an activation, count as activations.
 
     outputs: how many of its results go to the caller."""
     (results,) = forward.graph.find_nodes(op="output")[0].args
@@ -144,7 +159,7 @@ def saved_bytes(forward: GraphModule, outputs: int, kinds: Mapping[str, Kind]) -
         if not isinstance(node, Node) or not isinstance(node.meta.get("val"), torch.Tensor) or _is_input_view(node):
             continue
         size = hint(node.meta["val"].numel()) * node.meta["val"].element_size()
-        if kinds.get(node.name, Kind.ACTIVATION) is Kind.ACTIVATION:
+        if kinds.get(node.name, Kind.ACTIVATION) in (Kind.ACTIVATION, Kind.CONSTANT):
             activations += size
         else:
             weights += size

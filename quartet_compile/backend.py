@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
@@ -125,7 +126,9 @@ def _dotted_name(placeholder: torch.fx.Node) -> str:
     """The name that Dynamo's source gives an input, such as "layers.0.q.weight"; its own name where there is none."""
     name = getattr(getattr(placeholder, "_dynamo_source", None), "name", None)
     text = name() if callable(name) else name  # a method up to 2.11, a property later
-    return dotted(text) or text if isinstance(text, str) else str(placeholder.target)
+    if not isinstance(text, str):
+        return str(placeholder.target)
+    return dotted(text) or re.sub(r"\W+", ".", text[1:]).strip(".")  # "w1" for "L['w1']", an argument of a function
 
 
 class Decompositions(dict[Any, Callable[..., Any]]):

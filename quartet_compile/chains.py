@@ -105,7 +105,8 @@ def _chosen(root: nn.Module, wanted: Blocks) -> list[Chain]:
     found = sorted(chains(root), key=lambda chain: -chain.parameters)
     major = [chain for chain in found if chain.parameters >= MINOR * found[0].parameters]
     if not major:
-        raise ValueError(f"quartet.{wanted}: {type(root).__name__} has no chain of repeated layers; say with of= which it is: {there}")
+        hint = f"; say with of= which it is: {there}" if containers else ""
+        raise ValueError(f"quartet.{wanted}: {type(root).__name__} has no chain of repeated layers{hint}")
     if len(major) > 1:
         raise ValueError(f"quartet.{wanted}: {type(root).__name__} has {len(major)} chains, say with of= which it is: {_list(major)}")
     return major

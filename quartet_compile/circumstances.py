@@ -57,6 +57,11 @@ class Circumstances:
         """Number of the frame: what its compilations have in common."""
         return self.compile_id.partition("/")[0]
 
+    @property
+    def callers(self) -> set[int]:
+        """Identities of the modules and contexts that were being called and still live."""
+        return {id(one) for reference in (*self.modules, *self.contexts) if (one := reference()) is not None}
+
 
 def circumstances(gm: GraphModule) -> Circumstances:
     """Those of the graph that Dynamo is handing over right now."""
@@ -76,4 +81,14 @@ def _graph_break(gm: GraphModule) -> str:
 
 def _recompiled() -> str:
     reason = get_metrics_context()._metrics.get("recompile_reason")  # Dynamo sets it before it traces the frame
-    return str(reason).strip().splitlines()[0].partition("  #")[0].strip() if reason else ""  # the code of the guard follows as a comment
+    guard = str(reason).strip().splitlines()[0].partition("  #")[0].strip() if reason else ""  # its code follows as a comment
+    words = next((words for part, words in OUR_GUARDS if part in guard), "")
+    return f"{words} ({guard})" if words else guard
+
+
+OUR_GUARDS = (
+    ("___dict_contains('forward'", "a recipe was set on a module, or taken back"),
+    ("_quartet_recipe", "a recipe was set on a module, or taken back"),
+    ("___check_torch_function_mode_stack", "it is called in another context, such as quartet.recipe or torch.device"),
+)
+"""Guards that recipes make fail, by a part of their text, in words."""

@@ -40,7 +40,7 @@ def recipe(name: str) -> Any:
     too: what is called in another scope than it was compiled in is compiled again. A decorated class is decorated in the forward that it
     has; a subclass that overrides it is not. In compiled code, write a context where it is entered (`with quartet.recipe(...):`), and where
     the region holds a graph break use a decorated function instead: Dynamo cannot leave such a context half way.
-    Raises ValueError for an unknown name, TypeError for what cannot be decorated.
+    Raises ValueError for an unknown name, TypeError for what is no name or cannot be decorated.
     """
     if torch.compiler.is_compiling():
         return annotate({SCOPE_KEY: name, CHANNEL_KEY: "context"})  # Dynamo knows this object; it would not trace a class of ours
@@ -103,6 +103,8 @@ def _guarded_mode(name: str, key: str) -> type[TorchFunctionMode]:
 
     class RecipeScope(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
+                func = torch.unflatten  # Dynamo breaks the graph at the super() in the method, under any mode (seen with 2.13)
             return func(*args, **(kwargs or {}))
 
     RecipeScope.__qualname__ = f"RecipeScope[{key}, {name}]"
@@ -133,7 +135,8 @@ def set_recipe(model: nn.Module, name: str, *, only: Only = None) -> RecipeHandl
     a later call over an earlier one, and a decorator over both. A module whose weight is read by another one's forward (the `out_proj` of
     nn.MultiheadAttention) is reached through that other one, or by the option quartet.exclude. Works before and after torch.compile (the
     change makes it recompile), and copy.deepcopy keeps it. An nn.ModuleList or nn.ModuleDict stands for the modules in it. Raises
-    ValueError for an unknown recipe or a selector that matches no module, TypeError for what is no module or no selector.
+    ValueError for an unknown recipe or a selector that matches no module, TypeError for what is no module, name or
+    selector.
     """
     lookup(RECIPES, name, "quartet.set_recipe")
     return set_on([(module, f"set_recipe({words})") for module, words in modules_of(model, only, "quartet.set_recipe")], name)

@@ -26,10 +26,14 @@ _numbers = itertools.count()
 
 
 class Entered:
-    """The parameters that one graph was called with, and their names in it."""
+    """The parameters that one graph was called with, and their names in it.
+
+    number, last_call: of the graph and of its last call, from one count.
+    """
 
     def __init__(self) -> None:
         self.number, self.key = next(_numbers), uuid.uuid4().hex
+        self.last_call = self.number
 
     def add(self, parameter: Tensor, name: str) -> None:
         names = parameter.__dict__.setdefault(ENTERED, {}).setdefault(self.key, [])
@@ -46,6 +50,7 @@ class Entered:
 
         @functools.wraps(compiled)
         def called(*args: Any) -> Any:
+            self.last_call = next(_numbers)
             for index, name in watched:
                 if key not in getattr(args[index], ENTERED, ()):
                     self.add(args[index], name)

@@ -68,6 +68,8 @@ def split_options(options: Mapping[str, Any] | None) -> tuple[Options, dict[str,
     for key, value in (options or {}).items():
         if not isinstance(key, str):
             raise TypeError(f"the name of an option must be a string, got {key!r}")
+        if key in TYPES:  # Inductor has none of these names
+            raise ValueError(f"unknown option {key!r}; did you mean {PREFIX}{key}?")
         if not key.startswith(PREFIX):
             others[key] = value
             continue

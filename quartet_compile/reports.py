@@ -92,7 +92,7 @@ class GraphReport:
     made of parameters, before and after rewriting. forward, backward: the rewritten graphs as Python files (`source`); backward is empty in
     inference. forward_before, backward_before: the unchanged ones. compile_id: of torch, "frame/compilation". graph_break: why the graph
     ends before its function does, and where. recompiled: which guard failed, if the frame was compiled before. cached: torch's cache had
-    it. superseded: the same code was compiled again later, for the same modules; such a graph counts in no total.
+    it. superseded: another compilation of the same code was called later, for the same modules; such a graph counts in no total.
     """
 
     linears: tuple[LinearReport, ...]
@@ -119,7 +119,7 @@ class GraphReport:
         notes = (
             (self.graph_break, f"ends at a graph break: {self.graph_break}"),
             (self.recompiled, f"was compiled again, because {self.recompiled}"),
-            (self.superseded, "is not counted: a later compilation took its place"),
+            (self.superseded, "is not counted: another compilation is in its place"),
             (self.cached, "came from torch's cache"),
         )
         return tuple(note for true, note in notes if true)
@@ -129,6 +129,9 @@ class GraphReport:
         """How many modules of the model it serves, as far as its linears tell."""
         return max((len(linear.names) for linear in self.linears), default=1)
 
+
+SUFFIXES = (".html", ".json")
+"""Of files that `Report.save` writes."""
 
 SOURCES = ("forward_before", "forward", "backward_before", "backward")
 """The fields of a `GraphReport` that are Python files."""
@@ -164,6 +167,11 @@ class Report:
         return tuple(product for graph in self.current for product in graph.others)
 
     @property
+    def convolutions(self) -> tuple[OtherProduct, ...]:
+        """Those of the other products that are convolutions: one with a kernel of one element and one group is a linear."""
+        return tuple(product for product in self.others if product.operator.startswith("aten.convolution"))
+
+    @property
     def rewritten(self) -> tuple[LinearReport, ...]:
         """Those of which a product was rewritten."""
         return tuple(linear for linear in self.linears if linear.products)
@@ -185,7 +193,7 @@ class Report:
 
     @property
     def flops_of_others(self) -> int:
-        """Of the other products than those of linears: of two activations, as in attention, or in a form that is not rewritten."""
+        """Of the other products than those of linears: of two activations, as in attention, and convolutions."""
         return sum(graph.modules * product.flops for graph in self.current for product in graph.others)
 
     @property
@@ -234,7 +242,7 @@ class Report:
         elif path.suffix == ".json":
             text = json.dumps(self.to_dict(), indent=1)
         else:
-            raise ValueError(f"cannot save a report as {path.name!r}: valid suffixes are .html and .json")
+            raise ValueError(f"cannot save a report as {path.name!r}: valid suffixes are {' and '.join(SUFFIXES)}")
         path.write_text(text, encoding="utf-8")
         return path
 

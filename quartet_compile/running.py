@@ -33,8 +33,20 @@ def report(compiled: Callable[..., Any]) -> Report:
             f'quartet.report: backend="quartet" has compiled nothing of {name} yet; call it first, or use quartet.explain, which calls it'
         )
     whole = look_into(chosen).report(model)
-    graphs = [dataclasses.replace(graph, cached=c.cached) for graph, c in zip(whole.graphs, chosen, strict=True)]
+    graphs = [
+        dataclasses.replace(graph, cached=c.cached, recompiled="" if _first_but_for_observed(c) else graph.recompiled)
+        for graph, c in zip(whole.graphs, chosen, strict=True)
+    ]
     return dataclasses.replace(whole, graphs=tuple(_mark_superseded(graphs, chosen, model)))
+
+
+def _first_but_for_observed(c: Compilation) -> bool:
+    """Whether the same code was compiled before only by `observe`. Numbers of frames begin anew after `torch._dynamo.reset`."""
+    earlier = [
+        o for o in compilations()
+        if o.around.frame == c.around.frame and o.entered.number < c.entered.number and o.around.callers & c.around.callers
+    ]  # fmt: skip
+    return bool(earlier) and all(o.scope.observed for o in earlier)
 
 
 def look_into(compilations: Sequence[Compilation]) -> GraphCapture:
@@ -71,13 +83,16 @@ def _context(compiled: Any) -> Any:
 
 
 def _mark_superseded(graphs: list[GraphReport], chosen: list[Compilation], model: Any) -> list[GraphReport]:
-    """Of graphs of the same code, for training or for inference, the last one that a parameter of the model entered counts for it."""
+    """Of graphs of the same code, for training or for inference, the one that a parameter of the model entered last counts for it.
+
+    That is not always the last that was compiled: code of before is used again where a recipe comes back."""
     parameters = parameter_paths(model)
-    marked, later = [], list[tuple[str, bool, set[int]]]()
-    for graph, c in reversed(list(zip(graphs, chosen, strict=True))):
+    marked, later = dict[int, GraphReport](), list[tuple[str, bool, set[int]]]()
+    for i in sorted(range(len(chosen)), key=lambda i: -chosen[i].entered.last_call):
+        graph, c = graphs[i], chosen[i]
         kind = c.around.frame, bool(graph.backward)
         entered = {id(p) for p in parameters if c.entered.names_of(p)}
         superseded = any(kind == (frame, trains) and (entered & own or not entered | own) for frame, trains, own in later)
-        marked.append(dataclasses.replace(graph, superseded=superseded))
+        marked[i] = dataclasses.replace(graph, superseded=superseded)
         later.append((*kind, entered))
-    return marked[::-1]
+    return [marked[i] for i in range(len(graphs))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -14,12 +15,15 @@ HEADER = ("linear", "source", "T x I -> O", "recipe", "decided by", "rewritten",
 def text(report: Report) -> str:
     """What `print(report)` shows."""
     rewritten, found = (sum(len(linear.names) for linear in some) for some in (report.rewritten, report.linears))
-    lines = [f"quartet: {rewritten} of {found} linears in NVFP4, {len(report.current)} graph(s)", ""]
+    lines = [f"quartet: {rewritten} of {found} linears in NVFP4, {len(report.current)} graph(s)"]
     alike = _alike(report.linears)
-    lines += _table([HEADER, *((brief(names), *_row(linear)) for linear, names in alike)])
+    if alike:
+        lines += ["", *_table([HEADER, *((brief(names), *_row(linear)) for linear, names in alike)])]
     for linear, names in alike:
         if not linear.products:
             lines.append(f"  left: {brief(names)}: {linear.reason} [{linear.left_because}]")
+    modules = dict.fromkeys(product.module for product in report.convolutions if not product.backward)
+    lines += [f"  no linear: {brief(names)}: a convolution, which stays in the model's dtype" for names in _families(modules)]
     lines += [f"  not found: no product in a captured graph belongs to {brief(names)}" for names in _families(report.not_captured)]
     lines += [f"  {option}: {glob!r} matches no linear" for option, glob in report.unmatched]
     lines += [f"  graph {i} {note}" for i, graph in enumerate(report.graphs) for note in graph.notes]
@@ -29,9 +33,9 @@ def text(report: Report) -> str:
         ours, left, others = (part / report.flops for part in parts)
         lines.append(
             f"floating point operations of products: {count_text(report.flops)}, {ours:.1%} in NVFP4, "
-            f"{left:.1%} of linears left, {others:.1%} of {len(report.others)} other products (attention)"
+            f"{left:.1%} of linears left" + (f", {others:.1%} of {kinds_of_others(report)}" if report.others else "")
         )
-    lines += [f"multiplied as: {how} ({count} linears)" for how, count in report.implementations.items()]
+    lines += [f"multiplied as: {how} ({_count(count, 'linear')})" for how, count in report.implementations.items()]
     lines += _chosen(report)
     lines.append(
         f"kept for the backward pass: activations {bytes_text(report.saved_bytes_before)} -> {bytes_text(report.saved_bytes_after)}, "
@@ -61,18 +65,32 @@ def _chosen(report: Report) -> list[str]:
     return lines + [f"  what Inductor takes is not known of {unknown[c]} products: {why}" for c, why in reasons.items() if unknown[c]]
 
 
+def kinds_of_others(report: Report) -> str:
+    """How many products belong to no linear, in words."""
+    convolutions = len(report.convolutions)
+    of_activations = len(report.others) - convolutions
+    counts = ((of_activations, "other product", " (attention)"), (convolutions, "convolution", ""))
+    return " and ".join(_count(count, what) + gloss for count, what, gloss in counts if count)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def brief(names: Sequence[str]) -> str:
-    """Names that differ in one number as one: "layers.0-11.q"; others by the first one."""
-    if len(names) == 1:
-        return names[0]
+    """Names that differ in numbers as one, "layers.0-11.q" or "layers.0-11.up[0-3]", if all combinations are there; others by the first."""
+    if len(set(names)) == 1:
+        return names[0] if len(names) == 1 else f"{names[0]} ({len(names)} times)"
     parts = [re.split(r"(\d+)", name) for name in names]
-    differing = [values for values in zip(*parts, strict=False) if len(set(values)) > 1]
-    if len(differing) == 1 and len({len(p) for p in parts}) == 1:
-        numbers = sorted(int(n) for n in differing[0])
-        at = next(i for i, values in enumerate(zip(*parts, strict=True)) if len(set(values)) > 1)
-        first, last = numbers[0], numbers[-1]
-        if numbers == list(range(first, last + 1)):
-            return "".join([*parts[0][:at], f"{first}-{last}", *parts[0][at + 1 :]])
+    if len({tuple(part[::2]) for part in parts}) == 1:
+        columns = [sorted({int(n) for n in column}) for column in zip(*(part[1::2] for part in parts), strict=True)]
+        whole = all(column == list(range(column[0], column[-1] + 1)) for column in columns)
+        if whole and math.prod(map(len, columns)) == len(names) == len(set(names)):
+            shown = list(parts[0])
+            for i, column in enumerate(columns):
+                if len(column) > 1:
+                    shown[2 * i + 1] = f"{column[0]}-{column[-1]}"
+            return "".join(shown)
     return f"{names[0]} (and {len(names) - 1} more)"
 
 
@@ -99,7 +117,7 @@ def _row(linear: LinearReport) -> tuple[str, ...]:
     saved = ""
     if linear.saved_before or linear.saved_after:
         saved = f"{bytes_text(linear.saved_before)} -> {bytes_text(linear.saved_after)}"
-    elif "dw" in linear.products:
+    elif "dw" in linear.in_graph:
         saved = "shared"
     return linear.source, shape, linear.recipe, linear.decided_by, " ".join(linear.products) or "-", saved
 

@@ -188,6 +188,7 @@ def test_modes_and_options_reach_inductor(kwargs: dict[str, Any]) -> None:
     ("options", "message"),
     [
         ({"quartet.recipee": "bf16"}, r"did you mean quartet\.recipe"),
+        ({"exclude": ["*.gate"]}, r"unknown option 'exclude'; did you mean quartet\.exclude\?"),
         ({"quartet.recipe": "fp3"}, "valid are bf16, quartet2"),
         ({"quartet.exclude": [3]}, "glob"),
         ({"quartet.exclude": None}, "takes a glob or a list of globs"),

@@ -251,4 +251,4 @@ def test_logs_name_the_channel_of_what_is_left(caplog: pytest.LogCaptureFixture)
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with caplog.at_level(logging.INFO, "quartet_compile"), torch._inductor.config.patch(force_disable_caches=True):
         torch.compile(model, backend="quartet", options={"quartet.exclude": "1"})(torch.randn(16, 64))
-    assert "  left: 1 (): asked for bf16 [quartet.exclude '1']" in [record.getMessage() for record in caplog.records]
+    assert "  left: 1: asked for bf16 [quartet.exclude '1']" in [record.getMessage() for record in caplog.records]

@@ -69,6 +69,7 @@ number = 3
 
 def make(): return Net()
 def with_args(): return Net(), torch.zeros(2, 16, dtype=torch.long)
+def other_args(): return Net(), torch.zeros(5, 7, dtype=torch.long)
 def with_names(): return Net(), {"tokens": torch.zeros(2, 16, dtype=torch.long)}
 def needs(ins, outs=3): return Net(ins)
 def wrong(): return 1, 2
@@ -102,6 +103,7 @@ WAYS = {
     "a method, with arguments of both kinds": ("models:Deep.make",),
     "a class": ("models:Net", "--input", "2x16:int64"),
     "a module, argument by name": ("models:net", "--input", "tokens=2x16:int64"),
+    "an argument in the place of the factory's": ("models:other_args", "--input", "2x16:int64"),
 }
 
 
@@ -185,8 +187,14 @@ def test_a_page_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (["models:make", "--input", "3:int63"], "torch has no dtype 'int63'"),
         (["models:make", "--option", "quartet.strict"], "--option quartet.strict: expected KEY=VALUE"),
         (["models:make", "--option", "quartet.exlude=x"], "did you mean quartet.exclude?"),
-        (["models:make", "--option", "max_autotun=true"], "max_autotun"),
-        (["models:Double", "--option", "quartet.strict=true", "--input", "8x64:float64"], "its dtype is float64"),
+        (["models:make", "--option", "exclude=x"], "unknown option 'exclude'; did you mean quartet.exclude?"),
+        (["models:make", "--option", "max_autotun=true"], "Unexpected optimization option max_autotun\n"),
+        (["models:Double", "--option", "quartet.strict=true", "--input", "8x64:float64"], "(root): its dtype is float64"),
+        (["models:make", "--input", "2", "--input", "2", "--input", "2"], "takes (tokens, twice=False) and is called with 3 arg"),
+        (["models:with_args", "--input", "token=2x16:int64"], "1 argument(s), token=: got an unexpected keyword argument 'token'"),
+        (["models:Huge", "--device", "meta", "--input", "2x16"], "the model fails with these arguments: "),
+        (["models:with_args", "--save", "report.pdf"], "--save report.pdf: valid suffixes are .html and .json"),
+        (["models:with_args", "--save", "no/report.html"], "--save no/report.html: there is no folder no"),
         (["models:with_args", "--autocast", "bf16"], "--autocast bf16: torch has no such dtype"),
         (["models:Reads", "--device", "meta", "--input", "2x16:int64"], "the model reads numbers, which there are none of on meta"),
     ],

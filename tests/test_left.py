@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from support import capture, recorded_seeds, relative_error
 from torch import Tensor, nn
 
+import quartet_compile as quartet
+
 
 def only_linear(model: nn.Module, *args: Any, **options: Any) -> Any:
     compiled, backend = capture(model, **options)
@@ -89,6 +91,30 @@ def test_other_convolutions_are_no_linears(model: nn.Module) -> None:
     compiled, backend = capture(model)
     compiled(torch.randn(2, 64, 8, 8))
     assert backend.report(None).linears == ()
+
+
+def test_the_text_names_convolutions_that_are_no_linears_and_their_share() -> None:
+    class Vision(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch, self.up = nn.Conv2d(3, 64, 8, stride=8), nn.Linear(64, 128)
+
+        def forward(self, images: Tensor) -> Tensor:
+            y = self.up(self.patch(images).flatten(2).transpose(1, 2))
+            return torch.bmm(y, y.transpose(1, 2))
+
+    text = str(quartet.explain(Vision(), torch.randn(2, 3, 32, 32)))
+    # 32 patches: y, dw of the convolution; y, dx, dw of the linear; y and both gradients of the product of activations
+    convolution, linear, product = 2 * 2 * 32 * 192 * 64, 3 * 2 * 32 * 64 * 128, 3 * 2 * 2 * 16 * 128 * 16
+    total = convolution + linear + product
+    assert "\n  no linear: patch: a convolution, which stays in the model's dtype\n" in text
+    others = f"{(convolution + product) / total:.1%} of 3 other products (attention) and 2 convolutions"
+    assert f"{linear / total:.1%} in NVFP4, 0.0% of linears left, {others}\n" in text
+
+
+def test_a_model_without_linears_has_no_table() -> None:
+    text = str(quartet.explain(lambda x: x @ x, torch.randn(64, 64)))
+    assert text.startswith("quartet: 0 of 0 linears in NVFP4, 1 graph(s)\n\nfloating point operations of products: 524 K,"), text
 
 
 def test_a_bilinear_is_reported() -> None:

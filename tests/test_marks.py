@@ -142,6 +142,19 @@ def test_unknown_recipes_are_refused_with_the_valid_names() -> None:
         recipes(traced)
 
 
+def test_a_context_around_the_call_breaks_no_graph_at_unflatten() -> None:
+    block = Block()
+    compiled = torch.compile(lambda x: block.q(x).unflatten(-1, (4, -1)).sum(), backend="eager", fullgraph=True)
+    with quartet.recipe("bf16"):
+        assert compiled(torch.randn(4, 64)).isfinite()
+
+
+def test_what_is_no_name_of_a_recipe_is_said_in_one_line() -> None:
+    for written in (lambda: quartet.recipe(Block), lambda: quartet.set_recipe("bf16", Block())):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r'^quartet\.\w+ takes the name of a recipe, such as "bf16", not Block$'):
+            written()
+
+
 # ---------------------------------------------------------------- graph breaks and eager contexts
 
 

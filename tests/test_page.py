@@ -120,7 +120,7 @@ def test_graphs_that_are_not_in_use_keep_their_sources_but_have_no_linears(tmp_p
     new = report_of(LINEAR, recompiled="x is longer", forward="new = 1", forward_before="new = 2").graphs[0]
     page = page_of(Report((old, new)), tmp_path)
     assert [leaf.attributes["data-key"] for leaf in page.root.all("li", class_="leaf")] == ["up"]
-    assert "graph 0 is not counted: a later compilation took its place" in page.root.one("header").text
+    assert "graph 0 is not counted: another compilation is in its place" in page.root.one("header").text
     assert "graph 1 was compiled again, because x is longer" in page.root.one("header").text
     assert page.source(0, "forward") == "old = 1"
 

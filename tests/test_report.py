@@ -118,6 +118,57 @@ def test_totals_are_those_of_the_partitioned_graphs() -> None:
     assert report.saved_bytes_after == 32 * 64 * 4 + linear.saved_after
 
 
+def test_an_input_that_is_kept_in_two_forms_counts_in_both() -> None:
+    """gate keeps it as it is, up packed; the total is that of the partitioned graph."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gate, self.up, self.down = (nn.Linear(64, 64) for _ in range(4))
+            self.w = nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.cos(x + 1)  # which keeps x + 1, a sum of inputs, not its result
+            return self.gate(x) + self.up(x) + self.down(x) + (x.view(1, 32, 64) @ self.w).view(32, 64) + self.first(x)
+
+    x, plain, packed = torch.randn(32, 64, requires_grad=True), 32 * 64 * 4, 32 * 64 * 9 // 16 + 4
+    report = quartet.explain(Two(), x, options={"quartet.exclude": ["gate", "down", "w"]})
+    kept = {linear.name: (linear.saved_before, linear.saved_after) for linear in report.linears}
+    assert kept == {"gate": (plain, plain), "up": (0, packed), "down": (0, 0), "w": (0, 0), "first": (0, 0)}
+    of_cos = report.saved_bytes_before - plain
+    assert of_cos in (0, plain), "x + 1, unless it is computed again"
+    assert report.saved_bytes_after == of_cos + plain + packed
+    rows = {line.split()[0]: line for line in str(report).splitlines()[3:8]}
+    assert rows["up"].endswith("0 B -> 1.1 KiB")
+    assert all(rows[name].endswith("shared") for name in ("down", "w", "first"))
+
+
+def test_parameters_that_are_arguments_have_the_names_of_the_arguments() -> None:
+    def mlp(x: Tensor, up: nn.Parameter, down: nn.Parameter) -> Tensor:
+        return (x @ up).relu() @ down
+
+    up, down = nn.Parameter(torch.randn(64, 128)), nn.Parameter(torch.randn(128, 64))
+    assert [linear.name for linear in quartet.explain(mlp, torch.randn(8, 64), up, down).linears] == ["up", "down"]
+    report = quartet.explain(mlp, torch.randn(8, 64), up, down, options={"quartet.exclude": "up"})
+    assert [linear.name for linear in report.rewritten] == ["down"], "as a glob, too"
+
+
+def test_zeros_are_no_weights_that_are_kept() -> None:
+    class Top(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            values, places = y.topk(2, -1)
+            return y * torch.zeros_like(y).scatter(-1, places, values)
+
+    report = quartet.explain(Top(), torch.randn(8, 64))
+    assert report.weight_bytes_before == 0
+    assert report.weight_bytes_after == 0, "no dx, so no packed weight either"
+
+
 def test_floating_point_operations_are_those_that_torch_counts() -> None:
     """Of a step in eager code, forward and backward."""
     model, i = Model(), tokens()
@@ -242,6 +293,7 @@ def test_what_multiplies_depends_on_the_device(monkeypatch: pytest.MonkeyPatch) 
     assert said((10, 0)) == "FP4 tensor cores, Triton"
     assert said((12, 0), autotuned=True) == "FP4 tensor cores, autotuned"
     assert said((10, 0), grouped=True) == "bfloat16 values, torch._grouped_mm"
+    assert implementation(torch.device("meta"), False, False) == "nothing: tensors on meta have no numbers"
     model, x = nn.Linear(64, 64), torch.randn(8, 64)
     for options in ({"max_autotune": True}, {"quartet.mode": "max-autotune-no-cudagraphs"}):
         (linear,) = quartet.explain(model, x, options=options).linears
@@ -357,6 +409,9 @@ def test_layers_that_are_alike_share_a_line() -> None:
     assert brief(["a.0.b", "a.2.b", "a.3.b"]) == "a.0.b (and 2 more)"
     assert brief(["a.1.b", "a.0.b"]) == "a.0-1.b"
     assert brief(["a.0.b.0", "a.1.b.1"]) == "a.0.b.0 (and 1 more)"
+    assert brief([f"a.{layer}.up[{expert}]" for layer in (8, 9, 10) for expert in range(4)]) == "a.8-10.up[0-3]"
+    assert brief(["a.up", "a.up"]) == "a.up (2 times)", "called twice"
+    assert brief([f"a.{layer}.up[0:4]" for layer in range(3)]) == "a.0-2.up[0:4]"
 
 
 class SwiGLU(nn.Module):

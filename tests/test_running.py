@@ -43,7 +43,7 @@ def test_it_is_what_explain_says_and_what_the_pass_decided(monkeypatch: pytest.M
     (result,) = results
     assert [d.linear.place.name for d in result.decisions] == [linear.name for linear in report.linears]
     assert [d.recipe.name for d in result.decisions] == [linear.recipe for linear in report.linears]
-    assert "a later compilation" not in str(report)
+    assert "another compilation" not in str(report)
 
 
 def test_code_from_torchs_cache_is_reported_and_named(fresh_caches: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,41 @@ def test_graph_breaks_and_recompilations() -> None:
     third = quartet.report(step)
     assert not any(graph.superseded for graph in third.graphs if graph.backward and graph.compile_id.endswith("/1"))
     assert sum(not graph.superseded for graph in third.graphs) == 2 * len(first.graphs), "training and inference stand beside each other"
+
+
+def test_code_that_is_used_again_counts_again() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(8, 64)
+    step = torch.compile(model, backend="quartet")
+
+    def now() -> tuple[str, list[bool]]:
+        step(x).sum().backward()
+        report = quartet.report(step)
+        (linear,) = report.linears
+        return linear.recipe, [graph.superseded for graph in report.graphs]
+
+    assert now() == ("quartet2", [False])
+    handle = quartet.set_recipe(model, "bf16")
+    assert now() == ("bf16", [True, False])
+    handle.remove()
+    assert now() == ("quartet2", [False, True])
+    with quartet.recipe("bf16"):
+        assert now() == ("bf16", [True, True, False])
+    assert now() == ("quartet2", [False, True, True])
+    first, by_setting, by_context = (graph.recompiled for graph in quartet.report(step).graphs)
+    assert first == ""
+    assert by_setting.startswith("a recipe was set on a module, or taken back (")
+    assert by_context.startswith("it is called in another context, such as quartet.recipe or torch.device (")
+
+
+def test_what_was_compiled_to_observe_is_no_earlier_compilation() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(8, 64)
+    step = torch.compile(model, backend="quartet")
+    quartet.observe(step, every=2, file=None)
+    for _ in range(2):
+        step(x).sum().backward()
+    (graph,) = quartet.report(step).graphs
+    assert graph.compile_id.endswith("/1")
+    assert graph.recompiled == ""
 
 
 class Block(nn.Module):

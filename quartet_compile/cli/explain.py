@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quartet_compile.cli import loading
@@ -26,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--input", action="append", default=[], metavar="[NAME=]SHAPE[:DTYPE]",
-        help="an argument of the model, for instance 8x1024:int64 (zeros) or 8x64 (float32, normal numbers); may be repeated",
+        help="an argument of the model, for instance 8x1024:int64 (zeros) or 8x64 (float32, normal numbers); may be repeated.\n"
+        "Those without NAME take the place of the factory's",
     )  # fmt: skip
     parser.add_argument(
         "--device", choices=DEVICES, default="cpu",
@@ -38,14 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--autocast", metavar="DTYPE", help="run the model under torch.autocast, for instance bfloat16")
     parser.add_argument("--inference", action="store_true", help="explain inference (eval, no_grad) instead of training")
-    parser.add_argument("--save", metavar="FILE", help="write the report as a page, for instance report.html")
+    parser.add_argument("--save", metavar="FILE", help="write the report as a page (report.html) or as data (report.json)")
     parser.add_argument("--graphs", metavar="FOLDER", help="write the rewritten graphs as Python")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 2 through `UserError`; what the model itself raises is not caught."""
+    """0, or 2 through `UserError`; what the model's own code raises in eager mode is not caught."""
     options = loading.options(arguments.option)
+    if arguments.save:
+        check_path(arguments.save)
     # What the user's module prints is no part of the report.
     with waiting(f"explaining {arguments.factory}"), contextlib.redirect_stdout(sys.stderr):
         report = explained(arguments, options)
@@ -72,7 +76,7 @@ def explained(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
         ours, others = split_options(options)
         compat.inductor_settings(ours.mode, others)
     except (ValueError, TypeError, RuntimeError) as error:  # which torch raises for unknown options
-        raise UserError(str(error)) from error
+        raise UserError(str(error).partition(", known options are")[0]) from error  # torch goes on with the 600 that there are
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no GPU here (quartet doctor tells why). --device meta needs none")
     found = loading.find(arguments.factory)
@@ -86,6 +90,7 @@ def explained(arguments: argparse.Namespace, options: dict[str, Any]) -> Report:
                 "nothing says what the model is called with: give --input, for instance --input 8x1024:int64, or let the factory return"
                 " (model, args)"
             )
+        loading.check_arguments(call)
         with mode(arguments, call.model), told_what_to_do(arguments.device):
             return explain(call.model, *call.args, options=options, **call.kwargs)
 
@@ -142,15 +147,15 @@ def mode(arguments: argparse.Namespace, model: Any) -> Iterator[None]:
         if arguments.autocast:
             dtype = getattr(torch, arguments.autocast, None)
             if not isinstance(dtype, torch.dtype):
-                raise UserError(f"--autocast {arguments.autocast}: torch has no such dtype")
+                raise UserError(f"--autocast {arguments.autocast}: torch has no such dtype; there are bfloat16 and float16")
             stack.enter_context(torch.autocast("cuda" if arguments.device == "cuda" else "cpu", dtype))
         yield
 
 
 @contextlib.contextmanager
 def told_what_to_do(device: str) -> Iterator[None]:
-    """A model that reads numbers cannot be run without them; quartet.strict stops at what cannot be rewritten."""
-    from torch._dynamo.exc import BackendCompilerFailed
+    """Numbers that are read on meta, linears that quartet.strict stops at, arguments of the wrong shape."""
+    from torch._dynamo.exc import BackendCompilerFailed, TorchRuntimeError
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException
 
     from quartet_compile.passes.place import UnsupportedLinear
@@ -161,16 +166,28 @@ def told_what_to_do(device: str) -> Iterator[None]:
         if not isinstance(error.inner_exception, UnsupportedLinear):
             raise
         raise UserError(str(error.inner_exception)) from error
+    except TorchRuntimeError as error:
+        raise UserError(f"the model fails with these arguments: {error}") from error
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
         if device != "meta":
             raise
         raise UserError(f"the model reads numbers, which there are none of on meta ({error}): use --device cpu") from error
 
 
+def check_path(path: str) -> None:
+    """Before what may take minutes."""
+    from quartet_compile.reports import SUFFIXES
+
+    if Path(path).suffix not in SUFFIXES:
+        raise UserError(f"--save {path}: valid suffixes are {' and '.join(SUFFIXES)}")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"--save {path}: there is no folder {Path(path).parent}")
+
+
 def save(report: Report, path: str) -> None:
     """Write the page."""
     try:
         report.save(path)
-    except (ValueError, ImportError) as error:
+    except ImportError as error:
         raise UserError(f"--save: {error}") from error
     print(f"wrote {path}", file=sys.stderr)

@@ -45,8 +45,9 @@ def find(path: str) -> Any:
         return reduce(getattr, name.split("."), module)
     except AttributeError as error:
         factories = [own for own, value in vars(module).items() if _looks_like_a_factory(value, module_name)]
-        near = difflib.get_close_matches(name, vars(module), n=3) or factories
-        hint = f"; it has {', '.join(near[:8])}" if near else ""
+        ready = [own for own in factories if not _missing_arguments(vars(module)[own])]
+        near = difflib.get_close_matches(name, vars(module), n=3) or ready or factories
+        hint = f"; it has {', '.join(near[:8])}{', ...' if len(near) > 8 else ''}" if near else ""
         raise UserError(f"{module_name} has no {name}{hint}") from error
 
 
@@ -106,10 +107,30 @@ def _described(made: Any) -> str:
 # ---------------------------------------------------------------- inputs and options
 
 
+def check_arguments(call: Call) -> None:
+    """Raises UserError unless the model takes so many arguments, and such names. Hooks before the forward may change them."""
+    if getattr(call.model, "_forward_pre_hooks", None):
+        return
+    forward = getattr(call.model, "forward", call.model)
+    try:
+        signature = inspect.signature(forward)
+    except ValueError:  # builtins do not tell
+        return
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError as error:
+        given = f"{len(call.args)} argument(s)" + "".join(f", {name}=" for name in call.kwargs)
+        raise UserError(f"the model takes {signature} and is called with {given}: {error}") from error
+
+
 def add_inputs(call: Call, inputs: Sequence[str]) -> None:
-    """Tensors as ``[NAME=]SHAPE[:DTYPE]`` describes them: normal numbers, or zeros for whole numbers, which index any table."""
+    """Tensors as ``[NAME=]SHAPE[:DTYPE]`` describes them: normal numbers, or zeros for whole numbers, which index any table.
+
+    Those without a name take the place of all positional arguments that the factory gave."""
     import torch
 
+    if any("=" not in text for text in inputs):
+        call.args = ()
     for text in inputs:
         name, equals, described = text.rpartition("=")
         shape_text, _, dtype_text = described.partition(":")

@@ -16,7 +16,7 @@ from quartet_compile.page.lines import DIRECTIONS, Link, links_of
 from quartet_compile.page.picture import FORWARD_WIDTH, Picture, picture_of
 from quartet_compile.page.tree import tree_of
 from quartet_compile.reports import SOURCES, LinearReport, Report
-from quartet_compile.text import bytes_text, count_text
+from quartet_compile.text import bytes_text, count_text, kinds_of_others
 
 SCRIPTS = ("code.js", "tree.js", "sources.js", "main.js")
 STATIC = Path(__file__).parent / "static"
@@ -37,6 +37,7 @@ def render(report: Report) -> str:
         items=items,
         tree=tree_of(items, leaves),
         states=STATES,
+        kinds_of_others=kinds_of_others(report),
         counts=Counter(item.state for item in items for _ in (item.products or item.names)),
         links=links,
         directions=DIRECTIONS,
