@@ -22,7 +22,7 @@ from quartet_compile.kernels.triton_kernels import launch
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 
-WITHOUT_KERNELS = {"swizzle", "group_rows", "take_rows", "matmul_values", "observed_call"}
+WITHOUT_KERNELS = {"swizzle", "group_rows", "take_rows", "matmul_values", "observed_call", "show", "largest"}
 """Operators that are torch's own operations on a GPU."""
 
 COMPILED_LATER = {"grouped_matmul", "grouped_outer"} | {name for name in operators.operators() if name.endswith("_observed")}

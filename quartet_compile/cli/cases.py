@@ -9,7 +9,7 @@ midpoint, or of its draw, may be rounded to the other side.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from quartet_compile.cli.comparing import Difference, bits, elements, matrices, 
 from quartet_compile.kernels import philox, reference, reference_ops
 from quartet_compile.kernels.format import ROTATION, Quantized, ceil_to
 from quartet_compile.kernels.grouped_ops import padded_rows
-from quartet_compile.kernels.measure import Sample
-from quartet_compile.kernels.observed_ops import heard_by
 from quartet_compile.kernels.value_ops import product_order, values_of
 
 quartet = torch.ops.quartet
@@ -72,46 +70,46 @@ def _quantize_values(device: torch.device) -> list[Difference]:
     return values(quartet.quantize_values(x.to(device), FORWARD), values_of(*reference_ops.quantize(x, FORWARD)), near_ties=False)
 
 
-def _gradient(transpose: bool, index: int) -> tuple[Tensor, ...]:
+def gradient(transpose: bool, index: int) -> tuple[Tensor, ...]:
     return reference_ops.quantize_grad(gauss(ROWS, COLUMNS), SEEDS, index, BACKWARD, transpose, 0)
 
 
 def _quantize_grad(device: torch.device) -> list[Difference]:
     e, seeds, near = gauss(ROWS, COLUMNS).to(device), SEEDS.to(device), device.type != "cpu"
     straight, turned = (quartet.quantize_grad(e, seeds, index, BACKWARD, turn) for index, turn in ((0, False), (1, True)))
-    return [*matrices(straight, _gradient(False, 0), near), *matrices(turned, _gradient(True, 1), near)]
+    return [*matrices(straight, gradient(False, 0), near), *matrices(turned, gradient(True, 1), near)]
 
 
 def _quantize_grad_both(device: torch.device) -> list[Difference]:
     ours = quartet.quantize_grad_both(gauss(ROWS, COLUMNS).to(device), SEEDS.to(device), 0, 1, BACKWARD)
-    return matrices(ours, (*_gradient(False, 0), *_gradient(True, 1)), device.type != "cpu")
+    return matrices(ours, (*gradient(False, 0), *gradient(True, 1)), device.type != "cpu")
 
 
 def _quantize_grad_swizzled(device: torch.device) -> list[Difference]:
     ours = quartet.quantize_grad_swizzled(gauss(ROWS, COLUMNS).to(device), SEEDS.to(device), 0, BACKWARD, False)
-    return matrices(row_by_row(ours), _gradient(False, 0), device.type != "cpu")
+    return matrices(row_by_row(ours), gradient(False, 0), device.type != "cpu")
 
 
 def _quantize_grad_both_swizzled(device: torch.device) -> list[Difference]:
     ours = quartet.quantize_grad_both_swizzled(gauss(ROWS, COLUMNS).to(device), SEEDS.to(device), 0, 1, BACKWARD)
-    return matrices(row_by_row(ours), (*_gradient(False, 0), *_gradient(True, 1)), device.type != "cpu")
+    return matrices(row_by_row(ours), (*gradient(False, 0), *gradient(True, 1)), device.type != "cpu")
 
 
-def _saved() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def saved() -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """(a packed matrix, what it should be requantized to)"""
     forward = reference_ops.quantize(gauss(ROWS, COLUMNS), FORWARD)
     return forward, reference_ops.requantize(*forward, COLUMNS, SEEDS, 2, BACKWARD, 0)
 
 
 def _requantize(device: torch.device) -> list[Difference]:
-    saved, expected = _saved()
-    ours = quartet.requantize(*(t.to(device) for t in saved), COLUMNS, SEEDS.to(device), 2, BACKWARD)
+    source, expected = saved()
+    ours = quartet.requantize(*(t.to(device) for t in source), COLUMNS, SEEDS.to(device), 2, BACKWARD)
     return matrices(ours, expected, device.type != "cpu")
 
 
 def _requantize_swizzled(device: torch.device) -> list[Difference]:
-    saved, expected = _saved()
-    ours = quartet.requantize_swizzled(*(t.to(device) for t in saved), COLUMNS, SEEDS.to(device), 2, BACKWARD)
+    source, expected = saved()
+    ours = quartet.requantize_swizzled(*(t.to(device) for t in source), COLUMNS, SEEDS.to(device), 2, BACKWARD)
     return matrices(row_by_row(ours), expected, device.type != "cpu")
 
 
@@ -132,20 +130,20 @@ def _grad_values(device: torch.device) -> list[Difference]:
     found = []
     for index, transpose in ((0, False), (1, True)):
         ours = quartet.grad_values(e, quartet.rotations(seeds), seeds, index, BACKWARD, transpose, 2.0**-7)
-        found += values(ours, product_order(values_of(*_gradient(transpose, index), scale=2.0**-7)), near)
+        found += values(ours, product_order(values_of(*gradient(transpose, index), scale=2.0**-7)), near)
     return found
 
 
 def _grad_values_both(device: torch.device) -> list[Difference]:
     e, seeds, near = gauss(ROWS, COLUMNS).to(device), SEEDS.to(device), device.type != "cpu"
     both = quartet.grad_values_both(e, quartet.rotations(seeds), seeds, 0, 1, BACKWARD, 2.0**-7)
-    expected = (product_order(values_of(*_gradient(turn, index), scale=2.0**-7)) for index, turn in ((0, False), (1, True)))
+    expected = (product_order(values_of(*gradient(turn, index), scale=2.0**-7)) for index, turn in ((0, False), (1, True)))
     return [d for ours, theirs in zip(both, expected, strict=True) for d in values(ours, theirs, near)]
 
 
 def _requantize_values(device: torch.device) -> list[Difference]:
-    (saved, expected), seeds = _saved(), SEEDS.to(device)
-    ours = quartet.requantize_values(*(t.to(device) for t in saved), COLUMNS, quartet.rotations(seeds), seeds, 2, BACKWARD)
+    (source, expected), seeds = saved(), SEEDS.to(device)
+    ours = quartet.requantize_values(*(t.to(device) for t in source), COLUMNS, quartet.rotations(seeds), seeds, 2, BACKWARD)
     return values(ours, product_order(values_of(*expected)), device.type != "cpu")
 
 
@@ -249,92 +247,12 @@ def _grouped_outer(device: torch.device) -> list[Difference]:
     return [elements("numbers", quartet.grouped_outer(*packed(a, device), *packed(b, device), place, 0.5), expected)]
 
 
-# ---------------------------------------------------------------- cases: operators of observed steps
-
-
-class _Ear:
-    """Hears of everything."""
-
-    elements: int | None = None
-
-    def __init__(self) -> None:
-        self.samples = 0
-
-    def wants(self, uses: Sequence[str]) -> bool:
-        return True
-
-    def take(self, uses: Sequence[str], rule: str, sample: Sample) -> None:
-        self.samples += 1
-
-
-def _observed(device: torch.device, run: Callable[[Tensor], list[Difference]]) -> list[Difference]:
-    """What `run` finds for the number of a call, and that whoever listens hears of it once."""
-    ear = _Ear()
-    with heard_by(ear):
-        found = run(quartet.observed_call(torch.empty(0, device=device)))
-    return [*found, Difference("samples", abs(ear.samples - 1), 1)]
-
-
-def _observed_call(device: torch.device) -> list[Difference]:
-    """Another number in each call, 0 outside of all; on the CPU."""
-    like, numbers = torch.empty(0, device=device), [quartet.observed_call(torch.empty(0, device=device))]
-    for _ in range(2):
-        with heard_by(_Ear()):
-            numbers.append(quartet.observed_call(like))
-    first, *others = numbers
-    wrong = [first.item() != 0, len({n.item() for n in numbers}) != 3, any(n.device.type != "cpu" for n in others)]
-    return [Difference("numbers of calls", sum(wrong), 3)]
-
-
-def _quantize_observed(device: torch.device) -> list[Difference]:
-    x = gauss(ROWS, COLUMNS)
-    return _observed(
-        device,
-        lambda call: matrices(
-            quartet.quantize_observed(x.to(device), FORWARD, call, ["y x"]), reference_ops.quantize(x, FORWARD), near_ties=False
-        ),
-    )
-
-
-def _quantize_grad_observed(device: torch.device) -> list[Difference]:
-    e, seeds, near = gauss(ROWS, COLUMNS).to(device), SEEDS.to(device), device.type != "cpu"
-    return _observed(
-        device,
-        lambda call: matrices(quartet.quantize_grad_observed(e, seeds, 1, BACKWARD, True, call, ["dw e"]), _gradient(True, 1), near),
-    )
-
-
-def _requantize_observed(device: torch.device) -> list[Difference]:
-    saved, expected = _saved()
-    ours, seeds = [t.to(device) for t in saved], SEEDS.to(device)
-    return _observed(
-        device,
-        lambda call: matrices(
-            quartet.requantize_observed(*ours, COLUMNS, seeds, 2, BACKWARD, call, ["dx w"]), expected, device.type != "cpu"
-        ),
-    )
-
-
-def _matmul_observed(device: torch.device) -> list[Difference]:
-    e, saved = (q.dequantize(torch.bfloat16).to(device) for q in (A, B))
-
-    def run(call: Tensor) -> list[Difference]:
-        ours = quartet.matmul_observed(
-            *packed(A, device), *packed(B, device), None, 2.0**-7, torch.bfloat16, e, False, saved.t(), False, call, ["dx -"]
-        )
-        expected = product(A.dequantize(torch.float64), B.dequantize(torch.float64), scale=2.0**-7, dtype=torch.bfloat16)
-        return [elements("numbers", ours, expected)]
-
-    return _observed(device, run)
-
-
 CASES: dict[str, Callable[[torch.device], list[Difference]]] = {
     case.__name__.removeprefix("_"): case
     for case in (
         _quantize, _quantize_with_values, _quantize_values, _quantize_grad, _quantize_grad_both, _quantize_grad_swizzled,
         _quantize_grad_both_swizzled, _requantize, _requantize_swizzled, _requantize_values, _rotations, _grad_values, _grad_values_both,
         _swizzle, _matmul, _matmul_swizzled, _matmul_values, _group_rows, _take_rows, _grouped_matmul, _grouped_outer,
-        _observed_call, _quantize_observed, _quantize_grad_observed, _requantize_observed, _matmul_observed,
     )
 }  # fmt: skip
-"""Operator -> its self-test. Every operator has one."""
+"""Operator -> its self-test. Those of observed steps are in `observed_cases`."""

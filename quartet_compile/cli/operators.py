@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 import quartet_compile.backend  # noqa: F401  (registers every operator)
-from quartet_compile.cli.cases import CASES
+from quartet_compile.cli import cases, observed_cases
 from quartet_compile.cli.check import REPORT, Check
+
+CASES = cases.CASES | observed_cases.CASES
+"""Operator -> its self-test. Every operator has one."""
 
 OLDEST = {"matmul_swizzled": (9, 0)}
 """Operators that need more than the others: the compute capability from which a GPU has TMA, which this one reads its operands with."""
