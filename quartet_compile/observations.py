@@ -101,20 +101,32 @@ class Observations(Sequence[Observation]):
         if call is None:
             calls = [r.call for r in self.records if r.product != "y"] or [r.call for r in self.records]
             if not calls:
-                return "quartet: nothing observed yet"
+                return f"quartet: {self._nothing()}"
             call = max(calls)
         chosen = self.of(linear, call=call)
+        if not len(chosen):
+            calls = sorted({r.call for r in self.of(linear)})
+            there = f"it was in calls {', '.join(map(str, calls))}" if calls else f"linears are {', '.join({r.linear: 0 for r in self})}"
+            return f"quartet: nothing observed of {linear!r} in call {call}; {there}"
         linears: dict[str, list[Observation]] = {}
         for record in chosen:
             linears.setdefault(record.linear, []).append(record)
         rows = [[name, *(cell(own) for _, cell in _COLUMNS)] for name, own in linears.items()]
         header = ["linear", *(title for title, _ in _COLUMNS)]
         ranks = len({r.rank for r in chosen})
-        first = f"quartet: call {call}, {len(rows)} linears" + (f", the worst of {ranks} ranks" if ranks > 1 else "")
+        first = f"quartet: call {call}, {len(rows)} linear{'s' * (len(rows) != 1)}" + (f", the worst of {ranks} ranks" if ranks > 1 else "")
         return "\n".join((first, "", _aligned([header, *rows]), "", _LEGEND))
 
     def __str__(self) -> str:
         return self.table()
+
+    def __repr__(self) -> str:
+        calls, linears = len({r.call for r in self}), len({r.linear for r in self})
+        return f"<{type(self).__name__} of {linears} linears in {calls} calls: {len(self)} records>"
+
+    def _nothing(self) -> str:
+        """That there are no records, in words."""
+        return "no observations"
 
     def plot(self, path: str | Path, linear: str = "*") -> None:
         """Draw the figures over the calls into a file: a thin line for each linear, a thick one for their median.
@@ -144,10 +156,19 @@ class Observations(Sequence[Observation]):
 
 
 def read_observations(*paths: str | Path) -> Observations:
-    """What `observe` wrote to these files, such as those of all ranks."""
-    return Observations(
-        Observation.from_json(line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines() if line
-    )
+    """What `observe` wrote to these files, such as those of all ranks. Raises ValueError for a line that it did not write."""
+    return Observations(_read(path, i, line) for path in paths for i, line in enumerate(_lines(path), 1) if line)
+
+
+def _lines(path: str | Path) -> list[str]:
+    return Path(path).read_text(encoding="utf-8").splitlines()
+
+
+def _read(path: str | Path, number: int, line: str) -> Observation:
+    try:
+        return Observation.from_json(line)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}, line {number}, is not what quartet.observe writes: {line[:60]!r} ({error})") from error
 
 
 # ---------------------------------------------------------------- the table

@@ -98,6 +98,14 @@ class Observer(Observations):
         self._log.flush()
         return self._all
 
+    def _nothing(self) -> str:
+        if not self.calls:
+            return "nothing observed yet: the model has not been called in training mode, with gradients"
+        return (
+            f"nothing observed in {self.calls} calls: no linear in NVFP4 ran in those that were to be. Is the model compiled with "
+            'backend="quartet"? print(quartet.report(compiled)) tells what its linears became'
+        )
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The compiled function that this observer is for."""
         if self._function is None:
@@ -150,7 +158,11 @@ class Observer(Observations):
     def _begin(self, module: nn.Module | None) -> None:
         """A call of the model: of one before, all that is known by now is written."""
         if self._observing and not self._log.heard:
-            log.warning("quartet.observe: call %d was to be observed, but no linear in NVFP4 ran in it", self.calls - 1)
+            log.warning(
+                "quartet.observe: call %d was to be observed, but no linear in NVFP4 ran in it; is the model compiled with "
+                'backend="quartet"?',
+                self.calls - 1,
+            )
         self._log.flush()
         self._observing = False
         if torch.is_grad_enabled() and (module is None or module.training):

@@ -74,9 +74,12 @@ def test_a_table_has_one_line_a_linear_and_the_worst_of_all_ranks() -> None:
     assert cells[1] == dict.fromkeys(titles, "-") | {
         "linear": "b", "y:x": "7.50", "dx:w": "7.50", "sat%": "4.00", "zero%": "25.00", "max x": "3"
     }  # fmt: skip
-    assert records.table(call=1).splitlines()[0] == "quartet: call 1, 1 linears"
+    assert records.table(call=1).splitlines()[0] == "quartet: call 1, 1 linear"
     assert "b" not in [line.split(" ")[0] for line in records.table("a").splitlines()]
-    assert quartet.Observations().table() == "quartet: nothing observed yet"
+    assert quartet.Observations().table() == "quartet: no observations"
+    assert records.table("a", call=7) == "quartet: nothing observed of 'a' in call 7; it was in calls 0, 1"
+    assert records.table("z") == "quartet: nothing observed of 'z' in call 0; linears are a, b"
+    assert repr(records) == "<Observations of 2 linears in 2 calls: 7 records>"
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:
@@ -86,6 +89,14 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing observed of linears that match 'z'"):
         quartet.Observations(records).plot(tmp_path / "plot.png", "z")
+
+
+def test_files_that_hold_something_else_are_told_with_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "n.jsonl"
+    for line in ("print()", '{"call": 0}', "[1]"):
+        path.write_text(f"{observation().to_json()}\n{line}\n")
+        with pytest.raises(ValueError, match=rf"n.jsonl, line 2, is not what quartet.observe writes: {re.escape(repr(line))}"):
+            quartet.read_observations(path)
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -109,8 +120,11 @@ def test_errors_say_what_to_do() -> None:
 
 def test_a_model_without_linears_in_nvfp4_is_told(caplog: pytest.LogCaptureFixture) -> None:
     compiled = torch.compile(mlp(), backend="eager")
-    quartet.observe(compiled, every=2, file=None)
+    observer = quartet.observe(compiled, every=2, file=None)
+    assert "has not been called in training mode" in str(observer)
     for _ in range(3):
         compiled(torch.randn(8, 64)).sum().backward()
     lines = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "observe" in r.getMessage()]
-    assert lines == ["quartet.observe: call 0 was to be observed, but no linear in NVFP4 ran in it"]
+    said = 'no linear in NVFP4 ran in it; is the model compiled with backend="quartet"?'
+    assert lines == [f"quartet.observe: call 0 was to be observed, but {said}"]
+    assert "nothing observed in 3 calls" in str(observer)

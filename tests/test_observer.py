@@ -49,7 +49,7 @@ def test_two_forward_passes_before_their_backward_passes() -> None:
         assert uses(own) == {"(root)": FIRST}
         assert only(own, "(root)", "y x").amax == x.abs().max()
         assert only(own, "(root)", "dw e").amax == e
-    assert observer.table().splitlines()[0] == "quartet: call 1, 1 linears"
+    assert observer.table().splitlines()[0] == "quartet: call 1, 1 linear"
 
 
 def test_of_two_backward_passes_of_one_call_the_first_is_recorded() -> None:
