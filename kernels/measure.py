@@ -138,5 +138,10 @@ def _together(x: Tensor, q: Tensor, counts: Iterable[Tensor], amax: Tensor, elem
     return torch.stack([*((a * b).sum() for a, b in pairs), *counts, amax, x.new_tensor(elements)]).unsqueeze(0)
 
 
+def largest(x: Tensor) -> Tensor:
+    """The largest magnitude, float32 []; NaN if one of the numbers is."""
+    return torch.linalg.vector_norm(x, ord=torch.inf, dtype=torch.float32) if x.numel() else x.new_zeros((), dtype=torch.float32)
+
+
 def _largest(x: Tensor) -> Tensor:
     return x.abs().amax() if x.numel() else x.new_zeros(())

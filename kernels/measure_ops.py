@@ -1,7 +1,7 @@
 """Operators that measure what quantization made of tensors, on observed steps: each returns sums (`measure.SUMS`) and waits for nobody.
 
 ``largest(x)``
-    The largest magnitude of a tensor, float32 []; NaN if one of its numbers is.
+    The largest magnitude of a matrix, float32 []; NaN if one of its numbers is.
 ``measure_fresh(x, amax, transposed, codes, scales, tensor_scale, seeds, index, elements)``
     x [M, K], or with `transposed` [K, M], whose largest magnitude is amax, and what ``quantize`` made of it, or with seeds
     ``quantize_grad``.
@@ -44,10 +44,6 @@ for _schema in (
     "measure_product(Tensor result, bool swapped, Tensor e, bool transposed, Tensor saved, int elements) -> Tensor",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
-
-
-def _largest(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, ord=torch.inf, dtype=torch.float32) if x.numel() else x.new_zeros((), dtype=torch.float32)
 
 
 # ---------------------------------------------------------------- CPU
@@ -159,7 +155,7 @@ def _room(like: Tensor) -> Tensor:
 
 
 for _name, _on_cpu, _on_cuda in (
-    ("largest", _largest, _largest),
+    ("largest", sums.largest, measure.largest),
     ("measure_fresh", _measure_fresh_cpu, _measure_fresh_cuda),
     ("measure_fresh_values", _measure_fresh_values_cpu, _measure_fresh_values_cuda),
     ("measure_saved", _measure_saved_cpu, _measure_saved_cuda),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def test_kernels_measure_what_the_definition_says(dtype: torch.dtype, shape: tup
     rows, across = (measure.chosen_rows(n, measure.chosen(n, k, elements)) for n, k in (shape, shape[::-1]))
     packed = reference_ops.quantize(x, "four_over_six")
     amax = x.float().abs().max()
+    assert device == "interpreted" or on(device, "largest", x) == on(device, "largest", x.t()) == amax
     assert_close(
         on(device, "measure_fresh", x, amax, False, *packed, None, 0, elements),
         measure.fresh_sums(x, rows, amax, measure.rows_of_packed(Quantized(*packed), rows), None), exact=True,
@@ -96,6 +98,17 @@ def test_kernels_measure_what_the_definition_says(dtype: torch.dtype, shape: tup
             assert_close(sums, expected, exact=True)
         else:
             torch.testing.assert_close(sums.sum(0)[:4], expected[0, :4], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_nan_stays(device: str) -> None:
+    """Wherever it stands."""
+    for place in (0, 9, 20, 39):
+        x = torch.randn(4, 40)
+        x[2, place] = math.nan
+        saved = torch.eye(40)
+        assert on(device, "measure_product", x, False, x, False, saved, 0)[:, 7].amax().isnan()
+        assert device == "interpreted" or on(device, "largest", x).isnan()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the kernels of a CPU")

@@ -37,6 +37,7 @@ SIGNATURES = {
     "quartet_ms_eden": (_P, _INT, _I64, _I64, _I64, _I64, _U64, _U32, _P, _P, _P, _P, _INT),
     "quartet_requantize": (_P, _P, _I64, _I64, _I64, _U64, _U32, _P, _P, _P, _P, _INT),
     "quartet_dequantize": (_P, _P, _I64, _F32, _P, _INT),
+    "quartet_largest": (_P, _INT, _I64, _I64, _I64, _I64, _P, _INT),
     "quartet_fresh_sums": (_P, _INT, _P, _I64, _I64, _I64, _I64, _P, _P, _I64, _F64, _INT, _U64, _P, _INT),
     "quartet_saved_sums": (_P, _P, _I64, _F64, _I64, _P, _I64, _P, _P, _I64, _F64, _U64, _P, _INT),
     "quartet_product_sums": (_P, _INT, _I64, _I64, _I64, _P, _INT, _P, _I64, _P, _INT),

@@ -258,6 +258,12 @@ void quartet_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t gro
     for (int64_t i = 0; i < groups; i++) decode_group(codes + 8 * i, E4M3.value[scales[i]], factor, out + GROUP * i);
 }
 
+// The largest magnitude; NaN if there is one.
+void quartet_largest(const void* x, int dtype, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, float* out,
+                     int threads) {
+    with_dtype(dtype, x, rows, columns, row_stride, column_stride, [&](auto m) { *out = from_bits(amax_bits(m, threads)); });
+}
+
 // Some rows of x [.., columns] and their codes [.., groups * 16], rotated or not: eight sums for each of them.
 void quartet_fresh_sums(const void* x, int dtype, const int64_t* rows, int64_t count, int64_t columns, int64_t row_stride,
                         int64_t column_stride, const uint8_t* codes, const uint8_t* scales, int64_t groups, double g, int rotated,
@@ -265,7 +271,11 @@ void quartet_fresh_sums(const void* x, int dtype, const int64_t* rows, int64_t c
     const Signs signs(seed);
     with_dtype(dtype, x, 0, columns, row_stride, column_stride, [&](auto m) {
         const auto load = [&](int64_t row, int64_t column, int width, double* to) {
-            for (int k = 0; k < width; k++) to[k] = double(to_float(m.data[row * row_stride + (column + k) * column_stride]));
+            const auto* from = m.data + row * row_stride + column * column_stride;
+            if (column_stride == 1)
+                for (int k = 0; k < width; k++) to[k] = double(to_float(from[k]));
+            else
+                for (int k = 0; k < width; k++) to[k] = double(to_float(from[k * column_stride]));
         };
         operand_sums(load, rows, count, columns, codes, scales, groups, g, rotated ? &signs : nullptr, out, threads);
     });

@@ -4,17 +4,38 @@
 
 namespace {
 
+inline double larger(double a, double b) { return (a > b) | (a != a) ? a : b; }  // NaN if one of them is
+
 // The eight sums of a row: <x, x>, <q, q>, <q, x>, |q - x|^2, numbers that are not zero, saturated, underflowed, largest magnitude.
+// Each in 16 parts, for the members of groups, so that additions are those of vectors.
 struct RowSums {
-    double xx = 0, qq = 0, qx = 0, ee = 0, numbers = 0, saturated = 0, underflowed = 0, largest = 0;
-    void add(double x, double q) {
-        xx += x * x;
-        qq += q * q;
-        qx += q * x;
-        ee += (q - x) * (q - x);
+    double parts[8][GROUP] = {};
+    void add(const double* x, const double* q, int width) {
+        for (int k = 0; k < width; k++) {
+            const double d = q[k] - x[k];
+            parts[0][k] += x[k] * x[k];
+            parts[1][k] += q[k] * q[k];
+            parts[2][k] += q[k] * x[k];
+            parts[3][k] += d * d;
+        }
     }
-    void see(double x) { largest = std::fabs(x) > largest || std::isnan(x) ? std::fabs(x) : largest; }
-    void store(double* out) const { memcpy(out, this, sizeof *this); }
+    void count(const double* x, const double* q, double most) {
+        for (int k = 0; k < GROUP; k++) {
+            parts[4][k] += x[k] != 0 ? 1 : 0;
+            parts[5][k] += (std::fabs(x[k]) > most) & (q[k] != 0) ? 1 : 0;
+            parts[6][k] += (x[k] != 0) & (q[k] == 0) ? 1 : 0;
+        }
+    }
+    void see(const double* x, int width) {
+        for (int k = 0; k < width; k++) parts[7][k] = larger(std::fabs(x[k]), parts[7][k]);
+    }
+    void store(double* out) const {
+        for (int i = 0; i < 8; i++) {
+            out[i] = parts[i][0];
+            for (int k = 1; k < GROUP; k++)
+                out[i] = i < 7 ? out[i] + parts[i][k] : larger(parts[i][k], out[i]);
+        }
+    }
 };
 
 inline void rotate(double* x, const Signs& signs) {
@@ -39,21 +60,18 @@ void operand_sums(Load load, const int64_t* rows, int64_t count, int64_t columns
             double x[ROTATION] = {};
             const int64_t left = columns - column;
             if (left > 0) load(rows[i], column, int(left < ROTATION ? left : ROTATION), x);
-            for (int k = 0; k < ROTATION; k++) sums.see(x[k]);
+            for (int k = 0; k < ROTATION; k += GROUP) sums.see(x + k, GROUP);
             if (signs) rotate(x, *signs);
             for (int64_t group = column / GROUP; group < groups && group < column / GROUP + ROTATION / GROUP; group++) {
                 const int64_t at = rows[i] * groups + group;
                 const double* own = x + (group * GROUP - column);
                 const double scale = double(E4M3.value[scales[at]]), most = scale * g * E2M1_MAX;
                 float values[GROUP];
+                double q[GROUP];
                 decode_group(codes + 8 * at, 1.0f, 1.0f, values);
-                for (int k = 0; k < GROUP; k++) {
-                    const double q = double(values[k]) * (scale * g);
-                    sums.add(own[k], q);
-                    sums.numbers += own[k] != 0;
-                    sums.saturated += std::fabs(own[k]) > most && q != 0;
-                    sums.underflowed += own[k] != 0 && q == 0;
-                }
+                for (int k = 0; k < GROUP; k++) q[k] = double(values[k]) * (scale * g);
+                sums.add(own, q, GROUP);
+                sums.count(own, q, most);
             }
         }
         sums.store(out + 8 * i);
@@ -65,10 +83,15 @@ void product_sums(const Strided<Result>& result, const Exact* exact, const int64
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t i = 0; i < count; i++) {
         RowSums sums;
-        for (int64_t k = 0; k < result.columns; k++) {
-            const double x = double(to_float(exact[i * result.columns + k]));
-            sums.add(x, double(to_float(result.data[rows[i] * result.row_stride + k * result.column_stride])));
-            sums.see(x);
+        for (int64_t column = 0; column < result.columns; column += GROUP) {
+            const int width = int(result.columns - column < GROUP ? result.columns - column : GROUP);
+            double x[GROUP], q[GROUP];
+            for (int k = 0; k < width; k++) {
+                x[k] = double(to_float(exact[i * result.columns + column + k]));
+                q[k] = double(to_float(result.data[rows[i] * result.row_stride + (column + k) * result.column_stride]));
+            }
+            sums.add(x, q, width);
+            sums.see(x, width);
         }
         sums.store(out + 8 * i);
     }

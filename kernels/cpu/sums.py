@@ -18,6 +18,16 @@ def _together(rows: Tensor, amax: Tensor, elements: int) -> Tensor:
     return torch.cat([rows[:, :7].sum(0), amax.double().view(1), rows.new_tensor([elements])]).unsqueeze(0)
 
 
+def largest(x: Tensor) -> Tensor:
+    """`measure.largest`."""
+    kernels = _kernels()
+    if kernels is None or x.numel() == 0:
+        return measure.largest(x)
+    found = torch.empty((), dtype=torch.float32)
+    kernels.quartet_largest(x.data_ptr(), _DTYPES[x.dtype], *x.shape, *x.stride(), found.data_ptr(), _threads(x.numel()))
+    return found
+
+
 def fresh_sums(x: Tensor, rows: Tensor, amax: Tensor, packed: Quantized, seed: int | None) -> Tensor:
     """`measure.fresh_sums` of a packed matrix, rotated by the signs of a seed."""
     kernels = _kernels()
