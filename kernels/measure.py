@@ -64,8 +64,9 @@ def _figures(sums: list[float], operand: bool) -> Figures:
 # ---------------------------------------------------------------- which rows
 
 
-def chosen(count: int, columns: int, elements: int) -> int:
-    """How many of `count` rows hold about so many numbers: one at least, and all for elements = 0."""
+def chosen(shape: Sequence[int], elements: int) -> int:
+    """How many rows of a matrix hold about so many numbers: one at least, and all for elements = 0."""
+    count, columns = shape
     return count if elements == 0 else min(count, max(1, elements // max(1, columns)))
 
 

@@ -58,7 +58,7 @@ def _measure_fresh_cpu(
     seeds: Tensor | None, index: int, elements: int,
 ) -> Tensor:  # fmt: skip
     x = x.t() if transposed else x
-    rows = measure.chosen_rows(x.shape[0], measure.chosen(*x.shape, elements))
+    rows = measure.chosen_rows(x.shape[0], measure.chosen(x.shape, elements))
     seed = None if seeds is None else _seed(seeds, index)
     return sums.fresh_sums(x, rows, amax, Quantized(codes, scales, tensor_scale), seed)
 
@@ -67,7 +67,7 @@ def _measure_saved_cpu(
     source_codes: Tensor, source_scales: Tensor, source_tensor_scale: Tensor, columns: int,
     codes: Tensor, scales: Tensor, tensor_scale: Tensor, seeds: Tensor, index: int, elements: int,
 ) -> Tensor:  # fmt: skip
-    rows = measure.chosen_rows(columns, measure.chosen(columns, source_codes.shape[0], elements))
+    rows = measure.chosen_rows(columns, measure.chosen((columns, source_codes.shape[0]), elements))
     source, packed = Quantized(source_codes, source_scales, source_tensor_scale), Quantized(codes, scales, tensor_scale)
     return sums.saved_sums(source, rows, packed, _seed(seeds, index))
 
@@ -76,7 +76,7 @@ def _measure_fresh_values_cpu(
     x: Tensor, amax: Tensor, transposed: bool, values: Tensor, scale: float, seeds: Tensor, index: int, rule: str, elements: int
 ) -> Tensor:
     x = x.t() if transposed else x
-    rows = measure.chosen_rows(x.shape[0], measure.chosen(*x.shape, elements))
+    rows = measure.chosen_rows(x.shape[0], measure.chosen(x.shape, elements))
     signs = philox.rotation_signs(_seed(seeds, index))
     return measure.fresh_sums(x, rows, amax, measure.rows_of_values(values, rows, scale), signs)
 
@@ -85,14 +85,14 @@ def _measure_saved_values_cpu(
     source_codes: Tensor, source_scales: Tensor, source_tensor_scale: Tensor, columns: int,
     values: Tensor, seeds: Tensor, index: int, rule: str, elements: int,
 ) -> Tensor:  # fmt: skip
-    rows = measure.chosen_rows(columns, measure.chosen(columns, source_codes.shape[0], elements))
+    rows = measure.chosen_rows(columns, measure.chosen((columns, source_codes.shape[0]), elements))
     source, signs = Quantized(source_codes, source_scales, source_tensor_scale), philox.rotation_signs(_seed(seeds, index))
     return measure.saved_sums(source, rows, measure.rows_of_values(values, rows, 1.0), signs)
 
 
 def _measure_product_cpu(result: Tensor, swapped: bool, e: Tensor, transposed: bool, saved: Tensor, elements: int) -> Tensor:
     result, e = (result.t() if swapped else result), (e.t() if transposed else e)
-    rows = measure.chosen_rows(result.shape[0], measure.chosen(*result.shape, elements))
+    rows = measure.chosen_rows(result.shape[0], measure.chosen(result.shape, elements))
     with torch.autocast("cpu", enabled=False):
         # In float32: many CPUs have no product of bfloat16 numbers that is worth the name.
         exact = (e.index_select(0, rows).float() @ saved.float()).to(saved.dtype)
@@ -107,7 +107,7 @@ def _measure_fresh_cuda(
     seeds: Tensor | None, index: int, elements: int,
 ) -> Tensor:  # fmt: skip
     x = x.t() if transposed else x
-    few, out = measure.chosen(*x.shape, elements), _room(x)
+    few, out = measure.chosen(x.shape, elements), _room(x)
     ops.triton_kernels().fresh_sums(x, few, amax, (codes, scales, tensor_scale), 1.0, seeds, index, ops.rank(), out)
     return out
 
@@ -116,7 +116,7 @@ def _measure_fresh_values_cuda(
     x: Tensor, amax: Tensor, transposed: bool, values: Tensor, scale: float, seeds: Tensor, index: int, rule: str, elements: int
 ) -> Tensor:
     x = x.t() if transposed else x
-    few, out = measure.chosen(*x.shape, elements), _room(x)
+    few, out = measure.chosen(x.shape, elements), _room(x)
     ops.triton_kernels().fresh_sums(x, few, amax, values, scale, seeds, index, ops.rank(), out)
     return out
 
@@ -125,7 +125,7 @@ def _measure_saved_cuda(
     source_codes: Tensor, source_scales: Tensor, source_tensor_scale: Tensor, columns: int,
     codes: Tensor, scales: Tensor, tensor_scale: Tensor, seeds: Tensor, index: int, elements: int,
 ) -> Tensor:  # fmt: skip
-    few, out = measure.chosen(columns, source_codes.shape[0], elements), _room(codes)
+    few, out = measure.chosen((columns, source_codes.shape[0]), elements), _room(codes)
     source, coded = (source_codes, source_scales, source_tensor_scale), (codes, scales, tensor_scale)
     ops.triton_kernels().saved_sums(source, columns, few, coded, seeds, index, ops.rank(), out)
     return out
@@ -135,7 +135,7 @@ def _measure_saved_values_cuda(
     source_codes: Tensor, source_scales: Tensor, source_tensor_scale: Tensor, columns: int,
     values: Tensor, seeds: Tensor, index: int, rule: str, elements: int,
 ) -> Tensor:  # fmt: skip
-    few, out = measure.chosen(columns, source_codes.shape[0], elements), _room(values)
+    few, out = measure.chosen((columns, source_codes.shape[0]), elements), _room(values)
     source = source_codes, source_scales, source_tensor_scale
     ops.triton_kernels().saved_sums(source, columns, few, values, seeds, index, ops.rank(), out)
     return out
@@ -143,7 +143,7 @@ def _measure_saved_values_cuda(
 
 def _measure_product_cuda(result: Tensor, swapped: bool, e: Tensor, transposed: bool, saved: Tensor, elements: int) -> Tensor:
     result, e = (result.t() if swapped else result), (e.t() if transposed else e)
-    few, out = measure.chosen(*result.shape, elements), _room(result)
+    few, out = measure.chosen(result.shape, elements), _room(result)
     kernels = ops.triton_kernels()
     with torch.autocast("cuda", enabled=False):
         kernels.product_sums(result, kernels.some_rows(e, few, saved.dtype) @ saved, out)

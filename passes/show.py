@@ -55,7 +55,7 @@ PLAIN = {
 def show(graph: Graph) -> None:
     """Rewrite the observed operators of a graph; in place."""
     measured: dict[torch.device, list[_Measured]] = {}
-    largest: dict[Node, Node] = {}
+    largest: dict[Any, Node] = {}
     for node in [n for n in graph.nodes if n.op == "call_function" and n.target in PLAIN]:
         one = _measure(graph, node, largest)
         measured.setdefault(one.sums.meta["val"].device, []).append(one)
@@ -65,7 +65,7 @@ def show(graph: Graph) -> None:
             _show(graph, samples)
 
 
-def _measure(graph: Graph, node: Node, largest: dict[Node, Node]) -> _Measured:
+def _measure(graph: Graph, node: Node, largest: dict[Any, Node]) -> _Measured:
     """Have a plain operator in place of an observed one, and its result measured. largest: nodes of largest magnitudes, kept."""
     target = PLAIN[node.target]  # type: ignore[index]
     count = len(target._schema.arguments)
@@ -82,7 +82,7 @@ def _measure(graph: Graph, node: Node, largest: dict[Node, Node]) -> _Measured:
     packed = _packed(graph, plain)
     if target is not quartet.requantize.default and arguments[0] not in largest:
         with graph.inserting_before(plain):
-            largest[arguments[0]] = add_call(graph, quartet.largest.default, (arguments[0],), plain, "largest")  # type: ignore[index]
+            largest[arguments[0]] = add_call(graph, quartet.largest.default, (arguments[0],), plain, "largest")
     with graph.inserting_after(packed[-1]):
         if target is quartet.quantize.default:
             x, rule = arguments

@@ -65,7 +65,7 @@ def test_kernels_measure_what_the_definition_says(dtype: torch.dtype, shape: tup
     """Fresh operands in both orientations, rotated or not, saved ones, and products, of some rows and of all."""
     x, seeds, index = hard(*shape, dtype), torch.tensor(SEEDS), 1
     signs = philox.rotation_signs(philox.seed_for_rank(SEEDS[index], 0))
-    rows, across = (measure.chosen_rows(n, measure.chosen(n, k, elements)) for n, k in (shape, shape[::-1]))
+    rows, across = (measure.chosen_rows(s[0], measure.chosen(s, elements)) for s in (shape, shape[::-1]))
     packed = reference_ops.quantize(x, "four_over_six")
     amax = x.float().abs().max()
     assert device == "interpreted" or on(device, "largest", x) == on(device, "largest", x.t()) == amax
@@ -87,7 +87,7 @@ def test_kernels_measure_what_the_definition_says(dtype: torch.dtype, shape: tup
     values = product_order(values_of(*again))
     assert_close(on(device, "measure_saved_values", *packed, shape[1], values, seeds, index, "ms_eden", elements), expected, exact)
     saved, result = torch.randn(shape[1], 24).to(dtype), torch.randn(shape[0], 24).to(dtype)
-    some = measure.chosen_rows(shape[0], measure.chosen(shape[0], 24, elements))
+    some = measure.chosen_rows(shape[0], measure.chosen((shape[0], 24), elements))
     product = (x.float().index_select(0, some) @ saved.float()).to(dtype)
     for swapped, transposed in ((False, False), (True, True)):
         ours = result.t().contiguous() if swapped else result
@@ -125,7 +125,7 @@ def test_rows_are_chosen_at_random_one_of_each_stretch() -> None:
         assert all(start <= row < end for row, (start, end) in zip(rows.tolist(), stretches, strict=True))
     places = (measure.chosen_rows(100_000, 1000) % 100).bincount(minlength=100)
     assert places.max() < 30, "1000 balls in 100 urns"
-    assert [measure.chosen(100, 64, n) for n in (0, 1, 640, 10**6)] == [100, 1, 10, 100]
+    assert [measure.chosen((100, 64), n) for n in (0, 1, 640, 10**6)] == [100, 1, 10, 100]
 
 
 # ---------------------------------------------------------------- operators

@@ -122,14 +122,19 @@ def _largest(device: torch.device) -> list[Difference]:
 def _fresh() -> tuple[Tensor, Tensor, Quantized, Tensor]:
     """A gradient, its packed transpose, and the sums of them."""
     e, transposed = gauss(ROWS, COLUMNS), Quantized(*gradient(True, 1))
-    rows, signs = torch.arange(COLUMNS), philox.rotation_signs(int(SEEDS[1]))
-    return e, e.abs().max(), transposed, measure.fresh_sums(e.t(), rows, e.abs().max(), measure.rows_of_packed(transposed, rows), signs)
+    rows, signs, amax = torch.arange(COLUMNS), philox.rotation_signs(int(SEEDS[1])), e.abs().max().float()
+    return e, amax, transposed, measure.fresh_sums(e.t(), rows, amax, measure.rows_of_packed(transposed, rows), signs)
 
 
 def _measure_fresh(device: torch.device) -> list[Difference]:
     e, amax, transposed, expected = _fresh()
     ours = quartet.measure_fresh(e.to(device), amax.to(device), True, *packed(transposed, device), SEEDS.to(device), 1, 0)
-    return _sums(ours, expected)
+    plain, rows = Quantized(*reference_ops.quantize(e, FORWARD)), torch.arange(ROWS)
+    as_it_is = quartet.measure_fresh(e.to(device), amax.to(device), False, *packed(plain, device), None, 0, 0)
+    return [
+        *_sums(ours, expected),
+        *_sums(as_it_is, measure.fresh_sums(e, rows, amax, measure.rows_of_packed(plain, rows), None)),
+    ]
 
 
 def _measure_fresh_values(device: torch.device) -> list[Difference]:
