@@ -1,7 +1,7 @@
 """`observe`: the numerics of a model while it trains.
 
 Around every N-th call eager code enters a scope, as `recipe` does. Dynamo guards on it and compiles a second version of each graph, with
-operators that show what they see (`passes.observe`); the version for all other calls is the one that there would be without an observer.
+operators that are measured and shown (`passes.observe`, `passes.show`); the version for all other calls is the one that there would be without an observer.
 The backend has each graph of that version `heard`: called under a number by which its operators, those of the backward pass too, find the
 observer and the names of the layers that the graph works for.
 """
@@ -56,8 +56,8 @@ def observe(
     of JSON, one `Observation` each, are appended to it; in a process group each rank has its own, with ".rank0" in its name. None: no file.
     elements: numbers to be measured of a tensor at most, in rows chosen at random, the same ones each time; None: all.
 
-    What is observed has the results of what is not. Graphs are compiled once more, for observed calls; these run without CUDA graphs and
-    keep the unquantized inputs of linears for the backward pass. Figures are written when the model is called the next time, read from the
+    What is observed has the results of what is not. Graphs are compiled once more, for observed calls, which keep the unquantized inputs of
+    linears for the backward pass. Figures are written when the model is called the next time, read from the
     observer, or at the end of the process. Raises TypeError or ValueError for something that is not compiled or was asked for nonsense.
     """
     return Observer(compiled, every, file, elements)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from observe_support import ALL, Heard, mlp, observed, only, step, uses
-from support import float64, recorded_seeds
+from support import DEVICES, float64, recorded_seeds
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -152,9 +152,10 @@ def test_a_zero_operand_has_no_relative_error() -> None:
 
 
 @pytest.mark.parametrize("backend", [pytest.param("quartet", marks=pytest.mark.slow), "passes"])
-def test_an_observed_step_has_the_bits_of_one_that_is_not(backend: str) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_observed_step_has_the_bits_of_one_that_is_not(backend: str, device: str) -> None:
     """What is left of the random state, too."""
-    model, x = mlp(), torch.randn(32, 64, requires_grad=True)
+    model, x = mlp().to(device), torch.randn(32, 64, device=device, requires_grad=True)
     compiled = torch.compile(model, backend=Heard() if backend == "passes" else backend)
     plain = step(compiled, x)
     state = torch.get_rng_state()
