@@ -1,9 +1,9 @@
 """`observe`: the numerics of a model while it trains.
 
 Around every N-th call eager code enters a scope, as `recipe` does. Dynamo guards on it and compiles a second version of each graph, with
-operators that are measured and shown (`passes.observe`, `passes.show`); the version for all other calls is the one that there would be without an observer.
-The backend has each graph of that version `heard`: called under a number by which its operators, those of the backward pass too, find the
-observer and the names of the layers that the graph works for.
+operators that are measured and shown (`passes.observe`, `passes.show`); the version for all other calls is the one that there would be
+without an observer. The backend has each graph of that version `heard`: called under a number by which what is shown, in the backward pass
+too, finds the observer and the names of the layers that the graph works for.
 """
 
 from __future__ import annotations
