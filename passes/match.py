@@ -106,7 +106,7 @@ def _match_product(
         x, w = first, second.t
         if on_the_left:  # y^T = w x^T
             x, w = w, x
-        site = Site(place, node, x, w, bias, weights, transposed=on_the_left, ends=ends, computed=computed, embeds=embeds)
+        site = Site(place, node, x, w, bias, weights, None, None, on_the_left, batch, ends, computed, embeds)
         matched = _match_backward(site, gradients)
         if isinstance(matched, Unsupported):
             return [matched]

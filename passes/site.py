@@ -40,6 +40,7 @@ class Site:
     dgrad: Gradient | None = None
     wgrad: Gradient | None = None
     transposed: bool = False
+    batch: Batch = None
     ends: Node | None = None
     computed: bool = False
     embeds: bool = False
@@ -56,10 +57,6 @@ class Site:
         if self.batch == "pixels":
             gradients = [part.all_input_nodes[0] for part in gradients]
         return tuple(dict.fromkeys([self.forward, *gradients]))
-
-    @property
-    def batch(self) -> Batch:
-        return self.x.batch
 
     @property
     def groups(self) -> int | None:

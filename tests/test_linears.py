@@ -233,6 +233,33 @@ def test_the_matrices_of_a_batch_are_linears_of_their_own(form: str) -> None:
         assert relative_error(model.w.grad[i], independent.wgrad(e64, x64, seeds.transposed[i])) < 1e-6
 
 
+@pytest.mark.feature("Ways to write a linear", "experts that all read one input: {form}")
+@pytest.mark.parametrize("form", ["expand", "unsqueeze and expand"])
+def test_experts_that_read_one_input_quantize_it_once(form: str) -> None:
+    experts = 3
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(experts, O, I) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.expand(experts, -1, -1) if form == "expand" else x.unsqueeze(0).expand(experts, -1, -1)
+            return torch.bmm(x, self.w.transpose(1, 2))
+
+    model, x = Experts(), torch.randn(40, I, requires_grad=True)
+    y, e, seeds, report = train_step(model, x)
+    assert [linear.name for linear in report.linears] == [f"w[{i}]" for i in range(experts)]
+    assert report.graphs[0].forward.count("quartet.quantize.default(") == 1 + experts, "x, and each weight"
+    assert len(set(seeds.transposed)) == 1, "a rotation belongs to what is saved"
+    x64, w64, e64 = float64(x), float64(model.w), float64(e)
+    dx = sum(independent.dgrad(e64[i], w64[i], seeds.plain[i]) for i in range(experts))
+    assert relative_error(x.grad, dx) < 1e-6
+    for i in range(experts):
+        assert relative_error(y[i], independent.linear(x64, w64[i])) < 1e-6
+        assert relative_error(model.w.grad[i], independent.wgrad(e64[i], x64, seeds.transposed[i])) < 1e-6
+
+
 @pytest.mark.feature("Ways to compile", "inference: {mode}")
 @pytest.mark.parametrize("mode", ["no_grad", "eval", "inference_mode"])
 def test_inference(mode: str) -> None:
