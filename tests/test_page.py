@@ -21,6 +21,7 @@ from test_report import Breaking, Model, tokens
 from torch import Tensor, nn
 
 import quartet_compile as quartet
+from quartet_compile.kernels.chosen import Choice
 from quartet_compile.page.items import items_of, leaves_of
 from quartet_compile.page.lines import links_of
 from quartet_compile.page.picture import picture_of
@@ -126,6 +127,14 @@ def test_graphs_that_are_not_in_use_keep_their_sources_but_have_no_linears(tmp_p
 
 
 HOSTILE = "</script><script>document.title='taken'</script><!-- <b>&amp;\" onload='x'"
+
+
+def test_what_inductor_took_is_on_the_page(tmp_path: Path) -> None:
+    chosen = {"y": Choice("mm", None, 20), "dw": Choice("triton_mm_17", (128, 64, 32), 19)}
+    page = page_of(report_of(dataclasses.replace(LINEAR, implementation="bfloat16 values, a measured choice", chosen=chosen)), tmp_path)
+    facts = {row.one("dt").text: row.one("dd").text for row in page.article(LINEAR.name).all("div") if row.all("dt")}
+    assert facts["multiplied as"] == "bfloat16 values, a measured choice"
+    assert facts["Inductor took"] == "y: cuBLAS, of 20; dw: Triton tiles of 128 x 64 x 32, of 19"
 
 
 def test_names_reasons_and_sources_are_text(tmp_path: Path) -> None:
