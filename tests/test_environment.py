@@ -190,5 +190,5 @@ def test_a_program_that_knows_nothing_of_it_is_steered_and_says_so_under_torch_l
     }
     result = subprocess.run([sys.executable, "-c", PROGRAM], env=os.environ | variables, capture_output=True, text=True, check=True)
     assert "1 of 2 linears in NVFP4" in result.stderr
-    assert "left: 1 (" in result.stderr
+    assert "left: 1: asked for bf16 [QUARTET_OPTIONS exclude" in result.stderr
     assert "QUARTET_OPTIONS exclude '1'" in result.stderr
