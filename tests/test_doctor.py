@@ -60,6 +60,15 @@ def test_without_triton_a_cpu_passes_all_self_tests() -> None:
     assert {check["status"] for check in on_cpu.values()} == {"ok"}, stderr
 
 
+def test_inductor_is_tried_where_the_user_will_train() -> None:
+    for on_gpus, devices in (([], ["cpu"]), ([0, 1], ["cuda:0", "cuda:1"])):
+        names = [planned.name for planned in doctor.self_tests(on_gpus)]
+        for tried in ("Inductor", "training step"):
+            assert [name for name in names if name.startswith(f"{tried} on ")] == [f"{tried} on {device}" for device in devices]
+        for device in ("cpu", *devices):
+            assert all(f"{name} on {device}" in names for name in operators.operators())
+
+
 def test_without_triton_a_gpu_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     from fake_gpu import fake_gpu
 

@@ -83,7 +83,11 @@ def looking() -> Iterator[Planned]:
 
 
 def self_tests(on_gpus: Sequence[int]) -> Iterator[Planned]:
-    """Checks that compile and compute, on the CPU and on these GPUs; the kernels of the GPUs while the CPU has its turn."""
+    """Checks that compile and compute, on the CPU and on these GPUs.
+
+    Inductor compiles for the CPU only where there is no GPU: before its first function it tries each instruction set in a process of its
+    own, which has to import PyTorch, ten times over.
+    """
     from quartet_compile.cli import ahead, operators
 
     calls = ahead.Calls()
@@ -93,7 +97,8 @@ def self_tests(on_gpus: Sequence[int]) -> Iterator[Planned]:
         yield Planned(f"{name} on cpu", partial(operators.operator, name, "cpu", calls), FIRST)
     if devices:
         yield Planned(ahead.NAME, partial(ahead.compile_ahead, calls, devices), REPORT)
-    yield from compiled("cpu")
+    else:
+        yield from compiled("cpu")
     for device in devices:
         for name in operators.operators():
             yield Planned(f"{name} on {device}", partial(operators.operator, name, device), FIRST)
