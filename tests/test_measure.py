@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import expecttest
@@ -145,11 +146,11 @@ class Ear:
 def a_step(x: Tensor, w: Tensor, e: Tensor, seeds: Tensor) -> list[Tensor]:
     """The operators of an observed step of one linear, as the passes write them."""
     call = quartet.observed_call(x)
-    packed_x, packed_w = (quartet.quantize_observed(t, "four_over_six", 0, call, [f"y {role} l"]) for t, role in ((x, "x"), (w, "w")))
+    packed_x, packed_w = (quartet.quantize_observed(t, "four_over_six", 512, call, [f"y {role} l"]) for t, role in ((x, "x"), (w, "w")))
     y = quartet.matmul(*packed_x, *packed_w, None, 1.0, x.dtype)
-    packed_e = quartet.quantize_grad_observed(e, seeds, 0, "ms_eden", False, 0, call, ["dx e l"])
-    again = quartet.requantize_observed(*packed_w, w.shape[1], seeds, 0, "ms_eden", 0, call, ["dx w l"])
-    return [call, y, quartet.matmul_observed(*packed_e, *again, None, 1 / 128, x.dtype, e, False, w, False, 0, call, ["dx - l"])]
+    packed_e = quartet.quantize_grad_observed(e, seeds, 0, "ms_eden", False, 512, call, ["dx e l"])
+    again = quartet.requantize_observed(*packed_w, w.shape[1], seeds, 0, "ms_eden", 512, call, ["dx w l"])
+    return [call, y, quartet.matmul_observed(*packed_e, *again, None, 1 / 128, x.dtype, e, False, w, False, 512, call, ["dx - l"])]
 
 
 def inputs() -> tuple[Tensor, ...]:
@@ -183,6 +184,28 @@ def test_split_graphs_compute_and_show_what_the_observed_operators_do() -> None:
     assert torch.equal(sums, torch.cat([s for _, s in one_by_one.heard]))
 
 
+def test_where_values_are_multiplied_the_sums_are_those_of_the_packed_matrices() -> None:
+    arguments = inputs()
+    graph = shown(a_step, *arguments)
+    heard = []
+    for each in (graph, emulated(graph)):
+        ear = Ear()
+        with heard_by(ear):
+            each(*arguments)
+        heard.append(ear.heard)
+    ((labels, sums),), ((same_labels, same_sums),) = heard
+    assert labels == same_labels
+    torch.testing.assert_close(same_sums, sums, rtol=1e-12, atol=0)
+    assert "measure_saved_values" in emulated(graph).code
+
+
+def emulated(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    copy = deepcopy(graph)
+    EmulationPass(lambda device: False)(copy.graph)
+    copy.recompile()
+    return copy
+
+
 def test_nobody_hears_of_a_call_of_nobody() -> None:
     ear = Ear()
     with heard_by(ear):
@@ -214,18 +237,18 @@ def forward(self, x_1, w_1, e_1, seeds_1) -> _list_Tensor_:
 observed_call = quartet.observed_call.default(x_1)
 largest = quartet.largest.default(x_1)
 quantize = quartet.quantize.default(x_1, 'four_over_six')
-sums = quartet.measure_fresh.default(x_1, largest, False, *quantize, None, 0, 0)
+sums = quartet.measure_fresh.default(x_1, largest, False, *quantize, None, 0, 512)
 largest_1 = quartet.largest.default(w_1)
 quantize_1 = quartet.quantize.default(w_1, 'four_over_six')
-sums_1 = quartet.measure_fresh.default(w_1, largest_1, False, *quantize_1, None, 0, 0)
+sums_1 = quartet.measure_fresh.default(w_1, largest_1, False, *quantize_1, None, 0, 512)
 matmul = quartet.matmul.default(*quantize, *quantize_1, None, 1.0, torch.float32)
 largest_2 = quartet.largest.default(e_1)
 quantize_grad = quartet.quantize_grad.default(e_1, seeds_1, 0, 'ms_eden', False)
-sums_2 = quartet.measure_fresh.default(e_1, largest_2, False, *quantize_grad, seeds_1, 0, 0)
+sums_2 = quartet.measure_fresh.default(e_1, largest_2, False, *quantize_grad, seeds_1, 0, 512)
 requantize = quartet.requantize.default(*quantize_1, 80, seeds_1, 0, 'ms_eden')
-sums_3 = quartet.measure_saved.default(*quantize_1, 80, *requantize, seeds_1, 0, 0)
+sums_3 = quartet.measure_saved.default(*quantize_1, 80, *requantize, seeds_1, 0, 512)
 matmul_1 = quartet.matmul.default(*quantize_grad, *requantize, None, 0.0078125, torch.float32)
-sums_4 = quartet.measure_product.default(matmul_1, False, e_1, False, w_1, 0)
+sums_4 = quartet.measure_product.default(matmul_1, False, e_1, False, w_1, 512)
 seen = aten.empty.memory_format([0], device = device(type='cpu'))
 show = quartet.show.default(seen, observed_call, [sums, sums_1, sums_2, sums_3, sums_4], ['four_over_six\\ny x l', 'four_over_six\\ny w l', 'ms_eden\\ndx e l', 'ms_eden\\ndx w l', '\\ndx - l'])
 return [observed_call, matmul, matmul_1]""")
