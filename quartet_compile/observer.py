@@ -56,8 +56,8 @@ def observe(
     of JSON, one `Observation` each, are appended to it; in a process group each rank has its own, with ".rank0" in its name. None: no file.
     elements: numbers to be measured of a tensor at most, in rows chosen at random, the same ones each time; None: all.
 
-    What is observed has the results of what is not. Graphs are compiled once more, for observed calls, which keep the unquantized inputs of
-    linears for the backward pass. Figures are written when the model is called the next time, read from the
+    An observed call runs the operators of any other, and measures beside them. Its graphs are compiled once more, and keep the unquantized
+    inputs of linears for the backward pass. Figures are written when the model is called the next time, read from the
     observer, or at the end of the process. Raises TypeError or ValueError for something that is not compiled or was asked for nonsense.
     """
     return Observer(compiled, every, file, elements)

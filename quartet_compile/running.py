@@ -46,7 +46,7 @@ def _first_but_for_observed(c: Compilation) -> bool:
         o for o in compilations()
         if o.around.frame == c.around.frame and o.entered.number < c.entered.number and o.around.callers & c.around.callers
     ]  # fmt: skip
-    return bool(earlier) and all(o.scope.observed for o in earlier)
+    return bool(earlier) and all(o.scope.observed is not None for o in earlier)
 
 
 def look_into(compilations: Sequence[Compilation]) -> GraphCapture:

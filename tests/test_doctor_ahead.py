@@ -115,7 +115,7 @@ def test_workers_compile_them(tmp_path: Path) -> None:
         "TORCHINDUCTOR_COMPILE_THREADS": "2", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
     done = subprocess.run([sys.executable, "workers.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["2, which Inductor's workers compile meanwhile", "{None}"], done.stderr
+    assert done.stdout.splitlines() == ["2, which Inductor's workers compile at the same time", "{None}"], done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*.cubin")) == ["align_scales_kernel.cubin", "round_any_kernel.cubin"]
 
 

@@ -115,10 +115,11 @@ def test_code_that_is_used_again_counts_again() -> None:
     assert by_context.startswith("it is called in another context, such as quartet.recipe or torch.device (")
 
 
-def test_what_was_compiled_to_observe_is_no_earlier_compilation() -> None:
+@pytest.mark.parametrize("elements", [1000, None])
+def test_what_was_compiled_to_observe_is_no_earlier_compilation(elements: int | None) -> None:
     model, x = nn.Sequential(nn.Linear(64, 64)), torch.randn(8, 64)
     step = torch.compile(model, backend="quartet")
-    quartet.observe(step, every=2, file=None)
+    quartet.observe(step, every=2, file=None, elements=elements)
     for _ in range(2):
         step(x).sum().backward()
     (graph,) = quartet.report(step).graphs

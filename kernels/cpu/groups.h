@@ -6,8 +6,7 @@
 //  * |x| / (s * g) of the reference equals (|x| / g) / s here: s has four significant bits, so s * g is exact, and where |x| / g is
 //    inexact (below 2^-126) both quotients round to the code 0.
 //
-// Vectors are those of GCC and clang, 64, 32 or 16 bytes wide as the instruction set has them. Only kernels.cpp includes this file;
-// like it, it is called .cpp because that is what the package ships.
+// Vectors are those of GCC and clang, 64, 32 or 16 bytes wide as the instruction set has them. Only kernels.cpp includes this file.
 
 #include <cmath>
 #include <cstdint>

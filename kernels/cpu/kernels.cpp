@@ -229,7 +229,7 @@ void with_dtype(int dtype, const void* x, int64_t rows, int64_t columns, int64_t
 
 #include "sums.h"
 
-// ---------------------------------------------------------------- what __init__.py calls; all dimensions at least 1
+// ---------------------------------------------------------------- what __init__.py and sums.py call; all dimensions at least 1
 
 extern "C" {
 

@@ -1,4 +1,4 @@
-"""Compiling what the self-tests launch on a GPU in Inductor's worker processes, while other checks are made.
+"""Compiling what the self-tests launch on a GPU in Inductor's worker processes, all kernels at the same time.
 
 Triton compiles a kernel at its first launch, one after the other, for one to five seconds each. But the operators' self-tests are the same
 on every device: their calls on the CPU, which come first, tell what will be launched. Nothing depends on it: what no worker compiled is
@@ -75,7 +75,7 @@ def compile_ahead(calls: Calls, devices: Sequence[str]) -> Check:
         seen.update(new)
     if not handed:
         return Check(NAME, "ok", "compiled one by one, at their first launch: Inductor has no workers here")
-    return Check(NAME, "ok", f"{handed}, which Inductor's workers compile meanwhile")
+    return Check(NAME, "ok", f"{handed}, which Inductor's workers compile at the same time")
 
 
 def launches(calls: Calls, device: torch.device) -> dict[Any, Any]:
