@@ -14,7 +14,7 @@ from quartet_compile.kernels.triton_kernels import sums  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter replaces the compiler")
 
-SIZES = {name: "i32!" for name in ("columns", "row_stride", "groups")} | {name: "i32" for name in ("index", "rank", "count", "few")}
+SIZES = dict.fromkeys(("columns", "row_stride", "groups"), "i32!") | dict.fromkeys(("index", "rank", "count", "few"), "i32")
 FORMS = {
     "fresh": ("*bf16", {"SAVED": False, "VALUES": False, "ROTATED": True}),
     "fresh float32": ("*fp32", {"SAVED": False, "VALUES": False, "ROTATED": True}),
